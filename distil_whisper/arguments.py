@@ -1,0 +1,179 @@
+"""Arguments that stages share, and how a command line or a configuration file becomes a dataclass of them."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from distil_whisper.errors import UserError, nearest
+
+ArgumentsT = TypeVar("ArgumentsT")
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION = {  # what may be asked for -> what transformers calls it
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "flash_attn": "sdpa",
+    "flash_attn_2": "flash_attention_2",
+    "flash_attention_2": "flash_attention_2",
+}
+
+
+def option(default, help: str, **metadata):
+    """A dataclass field with its help text; a list default is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class ModelFields:
+    """How a checkpoint is loaded and computed with."""
+
+    dtype: str = option(
+        "float32",
+        "Compute type: float32, bfloat16 or float16. Trained weights and optimizer state stay float32.",
+        choices=list(DTYPES),
+    )
+    attn_type: str | None = option(
+        None,
+        "Attention: eager, sdpa (also called flash_attn) or flash_attention_2 (also called flash_attn_2, needs the "
+        "flash-attn package and a GPU). Unset, the fastest that transformers finds.",
+        choices=list(ATTENTION),
+    )
+    cache_dir: str | None = option(None, "Where models and datasets from the Hub are cached.")
+    language: str | None = option(
+        None, "Language of the speech, a code or a name (hi, Hindi). None for an English-only model."
+    )
+    task: str | None = option(None, "transcribe or translate.", choices=["transcribe", "translate"])
+
+
+@dataclass
+class DataFields:
+    """How audio is read."""
+
+    streaming: bool = option(False, "Read from the source as it is needed, with no copy on disk.")
+    audio_column_name: str = option("audio", "Column that holds the audio.")
+    preprocessing_num_workers: int = option(1, "Processes that prepare a dataset (download, conversion, filtering).")
+    dataloader_num_workers: int = option(0, "Processes that read and decode audio while the model computes.")
+
+
+@dataclass
+class RunFields:
+    """What a run writes and whom it tells."""
+
+    output_dir: str = option("", "Folder for everything that this stage writes.")
+    overwrite_output_dir: bool = option(
+        False, "Start afresh: remove what this stage wrote there before (and nothing else)."
+    )
+    report_to: list[str] = option(
+        ["default"],
+        "Trackers: any of wandb, tensorboard, trackio, or none. Default: tensorboard, and wandb where a login or "
+        "WANDB_MODE is set. metrics.jsonl is always written.",
+        nargs="+",
+    )
+    wandb_project: str = option("distil-whisper", "Project name for the trackers.")
+    wandb_name: str | None = option(None, "Name of this run in the trackers.")
+    push_to_hub: bool = option(False, "Push what this stage makes to the Hugging Face Hub.")
+    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the output folder.")
+    hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
+    seed: int = option(42, "Seed of every random draw.")
+    ddp_timeout: int = option(1800, "Seconds that processes wait for one another before a run is given up.")
+
+
+def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, description: str | None = None) -> ArgumentsT:
+    """Parse a command line: an optional .json, .yaml or .yml file first, then flags, which override the file.
+
+    Raises UserError (one sentence) for an unknown flag, a wrong value or an unreadable file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = [f.name for f in dataclasses.fields(arguments)]
+    if argv and argv[0].endswith(CONFIG_SUFFIXES) and not argv[0].startswith("-"):
+        argv = _flags_of_file(Path(argv[0]), names) + argv[1:]
+    parser = _Parser(arguments, description=description, allow_abbrev=False)
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for token in argv:
+        flag = token.split("=", 1)[0]
+        if flag.startswith("--") and flag not in known:
+            raise UserError(f"there is no argument {flag} {nearest(flag, _spellings(names))}")
+    parsed, rest = parser.parse_args_into_dataclasses(_without_nones(argv, arguments), return_remaining_strings=True)
+    if rest:
+        raise UserError(f"{rest[0]!r} does not belong to any argument; give values as --name value")
+    return parsed
+
+
+def split_plus(value: str | None, count: int | None = None, argument: str = "", of: str = "") -> list[str | None]:
+    """Split a value at `+`; a list of length one (or an absent value) is broadcast to `count` entries."""
+    parts = [None if part.strip() in ("", "none", "None") else part.strip() for part in (value or "").split("+")]
+    if count is None or len(parts) == count:
+        return parts
+    if len(parts) == 1:
+        return parts * count
+    raise UserError(f"{argument} has {len(parts)} entries ({value}), but {of} has {count}; give one, or {count}")
+
+
+def attention(attn_type: str | None) -> str | None:
+    """transformers' name of an attention implementation. Raises UserError if flash-attn is asked for and missing."""
+    if attn_type is None:
+        return None
+    implementation = ATTENTION[attn_type]
+    if implementation == "flash_attention_2":
+        import torch
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            why = "no GPU was found" if not torch.cuda.is_available() else "the package flash-attn is not installed"
+            raise UserError(f"--attn_type {attn_type} cannot be used because {why}; use --attn_type sdpa")
+    return implementation
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def _spellings(names: list[str]) -> list[str]:
+    return [f"--{name}" for name in names]
+
+
+def _flags_of_file(path: Path, names: list[str]) -> list[str]:
+    """A configuration file as flags, so that its values are typed and checked as those of a command line are."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold names and values, one for each argument, not a {type(values).__name__}")
+    flags = []
+    for name, value in values.items():
+        if name not in names:
+            raise UserError(f"{path} names an unknown argument {name} {nearest(name, names)}")
+        flags.append(f"--{name}")
+        flags.extend(str(item) for item in value) if isinstance(value, list) else flags.append(str(value))
+    return flags
+
+
+def _without_nones(argv: list[str], arguments: type) -> list[str]:
+    """Drop `--name none` for arguments that may be absent, and whatever was given for that name before it."""
+    absent = {f"--{f.name}" for f in dataclasses.fields(arguments) if f.default is None}
+    absent |= {flag.replace("_", "-") for flag in absent}
+    kept: list[list[str]] = []
+    for token in argv:
+        if token.startswith("--") or not kept:
+            kept.append(token.split("=", 1) if token.startswith("--") and "=" in token else [token])
+        else:
+            kept[-1].append(token)
+    result: list[list[str]] = []
+    for group in kept:
+        if group[0] in absent and [value.lower() for value in group[1:]] == ["none"]:
+            spellings = {group[0].replace("-", "_").lstrip("_"), group[0].lstrip("-")}
+            result = [g for g in result if g[0].lstrip("-").replace("-", "_") not in spellings]
+        else:
+            result.append(group)
+    return [token for group in result for token in group]

@@ -1,0 +1,26 @@
+"""Errors that are part of the interface: one sentence for the user, never a traceback."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its message is one sentence with what was found and what is allowed."""
+
+
+def nearest(found: str, allowed: Iterable[str]) -> str:
+    """The end of an error sentence: the allowed values, and the one most like what was found."""
+    allowed = sorted(str(value) for value in allowed)
+    close = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.5)
+    listed = ", ".join(allowed) if len(allowed) <= 20 else ", ".join(allowed[:20]) + f", ... ({len(allowed)} in all)"
+    return f"(allowed: {listed}{f'; did you mean {close[0]}?' if close else ''})"
+
+
+def exit_on_user_error(main: Callable[[], object]) -> None:
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
