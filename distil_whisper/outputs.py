@@ -1,0 +1,170 @@
+"""The folder that a stage writes into: one run at a time, files appear whole, and only what we wrote is replaced."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from distil_whisper.errors import UserError
+
+RECORDS = ".distil_whisper"  # below the output folder: what each stage wrote, and the lock of a stage that runs
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+class OutputFolder:
+    """The output folder of one stage, opened for one run.
+
+    Only the main process (main=True) locks, records and removes; the others use the paths. Raises UserError when
+    another run of the stage lives in the folder, and when a file that is about to be written is somebody else's.
+    """
+
+    def __init__(self, path: str | Path, stage: str, overwrite: bool = False, main: bool = True):
+        if not str(path):
+            raise UserError("--output_dir is missing; name the folder that this stage may write into")
+        self.path = Path(path)
+        self.stage = stage
+        self.main = main
+        if not main:
+            return
+        try:
+            (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {path} cannot be written to: {error.strerror}") from error
+        self._lock = self._take_lock()
+        self.record = self._read_record(stage)
+        if overwrite:
+            self._remove_ours()
+
+    def __enter__(self) -> "OutputFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.main:
+            os.close(self._lock)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def claim(self, *names: str) -> None:
+        """Announce files or folders (relative names) that this stage writes. Raises UserError if one is not ours."""
+        if not self.main:
+            return
+        ours = {name for stage in self._stages() for name in self._read_record(stage)["files"]}
+        for name in names:
+            if name not in ours and (self.path / name).exists():
+                raise UserError(
+                    f"{self.path / name} exists and was not written by this stage; move it away, or choose another "
+                    "--output_dir"
+                )
+        new = [name for name in names if name not in self.record["files"]]
+        if new:
+            self.record["files"] += new
+            self._save_record()
+
+    def remove(self, name: str) -> None:
+        """Delete a file or folder that we wrote."""
+        if self.main and name in self.record["files"]:
+            remove(self.path / name)
+            self.record["files"].remove(name)
+            self._save_record()
+
+    def arguments(self) -> dict | None:
+        """The arguments that the folder's finished work was made with, None at first."""
+        return self.record.get("arguments")
+
+    def keep_arguments(self, arguments: dict) -> None:
+        """Store the arguments that decide what this stage writes, for a later run to compare with."""
+        if self.main:
+            self.record["arguments"] = arguments
+            self._save_record()
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file whole or not at all."""
+        self.claim(name)
+        write_text(self.path / name, text)
+        return self.path / name
+
+    def write_json(self, name: str, value) -> Path:
+        """Write a JSON file whole or not at all."""
+        return self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    @contextlib.contextmanager
+    def new_folder(self, name: str) -> Iterator[Path]:
+        """A folder that appears under its name when the block ends without an error."""
+        self.claim(name)
+        with atomic_path(self.path / name) as beside:
+            beside.mkdir(parents=True)
+            yield beside
+
+    def _stages(self) -> list[str]:
+        return [path.stem for path in (self.path / RECORDS).glob("*.json")]
+
+    def _read_record(self, stage: str) -> dict:
+        path = self.path / RECORDS / f"{stage}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"files": []}
+
+    def _save_record(self) -> None:
+        write_text(self.path / RECORDS / f"{self.stage}.json", json.dumps(self.record, indent=2))
+
+    def _take_lock(self) -> int:
+        descriptor = os.open(self.path / RECORDS / f"{self.stage}.lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(descriptor, 64, 0).decode() or "unknown"
+            os.close(descriptor)
+            raise UserError(
+                f"another run of this stage (process {owner}) is writing into {self.path}; wait for it or stop it, "
+                "or choose another --output_dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        return descriptor
+
+    def _remove_ours(self) -> None:
+        for name in self.record["files"]:
+            remove(self.path / name)
+        self.record = {"files": []}
+        self._save_record()
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` for a file or folder to be written to; it takes the name when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.parent / f".{path.name}.{os.getpid()}.partial"
+    remove(beside)
+    try:
+        yield beside
+        if beside.is_dir():
+            remove(path)
+        os.replace(beside, path)
+    finally:
+        remove(beside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def public_arguments(args) -> dict:
+    """A dataclass of arguments as a dict for files, cards and trackers, without credentials inside of addresses."""
+    return {
+        name: _CREDENTIALS.sub("", value) if isinstance(value, str) else value
+        for name, value in dataclasses.asdict(args).items()
+    }

@@ -1,0 +1,101 @@
+"""Where metrics go: metrics.jsonl always, and the trackers of accelerate that were asked for."""
+
+import importlib.util
+import json
+import netrc
+import os
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from distil_whisper.errors import UserError, nearest
+from distil_whisper.outputs import OutputFolder
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+METRICS_FILE = "metrics.jsonl"
+
+
+def resolve_report_to(report_to: list[str]) -> list[str]:
+    """The names of the trackers to use. Raises UserError for an unknown name or a missing package.
+
+    The default is tensorboard, and wandb where a login or a WANDB_MODE is configured. wandb asked for without a login
+    runs offline, which is said in one line.
+    """
+    if report_to == ["default"]:
+        return ["tensorboard", "wandb"] if _wandb_is_configured() else ["tensorboard"]
+    names = [] if [name.lower() for name in report_to] == ["none"] else list(dict.fromkeys(report_to))
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"--report_to has an unknown tracker {name} {nearest(name, [*TRACKERS, 'none'])}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--report_to {name} needs the package {name}; install it with: pip install {name}")
+    if "wandb" in names and not _wandb_is_configured():
+        os.environ["WANDB_MODE"] = "offline"
+        print("wandb has no login here, so it runs offline; upload the run later with: wandb sync wandb/offline-run-*")
+    return names
+
+
+class Trackers:
+    """One run's metrics, from the main process: a line of metrics.jsonl and a call of each tracker for every log.
+
+    resume_step: a resumed run goes on after that step, so lines of metrics.jsonl beyond it are dropped.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: OutputFolder,
+        project: str,
+        name: str | None,
+        arguments: dict,
+        resume_step: int | None = None,
+    ):
+        self.accelerator = accelerator
+        self.path = folder / METRICS_FILE
+        if not accelerator.is_main_process:
+            return
+        folder.claim(METRICS_FILE)
+        _keep_lines_until(self.path, resume_step)
+        if accelerator.log_with:
+            flat = {
+                key: value if isinstance(value, (int, float, str, bool)) else str(value)
+                for key, value in arguments.items()
+            }
+            wandb = {"name": name, "dir": str(folder.path)}
+            accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": wandb})
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Record metrics of a step. Does nothing on other processes than the main one."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+    def log_table(self, name: str, columns: list[str], rows: list[list], step: int) -> None:
+        """Show rows (such as references and predictions) in wandb, the only tracker that has tables."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            if tracker.name == "wandb":
+                tracker.log_table(name, columns=columns, data=rows, step=step)
+
+    def finish(self) -> None:
+        """Close the trackers."""
+        self.accelerator.end_training()
+
+
+def _keep_lines_until(path: Path, step: int | None) -> None:
+    """Start the metrics file, or go on with the lines of a run up to the step that it resumes from."""
+    lines = path.read_text(encoding="utf-8").splitlines() if step is not None and path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _wandb_is_configured() -> bool:
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"] != "disabled"
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
