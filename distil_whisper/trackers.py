@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from distil_whisper.errors import UserError, nearest
 from distil_whisper.outputs import OutputFolder
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 METRICS_FILE = "metrics.jsonl"
+FOLDERS = {"tensorboard": "runs", "wandb": "wandb"}  # that a tracker makes in the output folder
 
 
 def resolve_report_to(report_to: list[str]) -> list[str]:
@@ -54,7 +56,9 @@ class Trackers:
         self.path = folder / METRICS_FILE
         if not accelerator.is_main_process:
             return
-        folder.claim(METRICS_FILE)
+        folder.claim(
+            METRICS_FILE, *(FOLDERS[str(tracker)] for tracker in accelerator.log_with if str(tracker) in FOLDERS)
+        )
         _keep_lines_until(self.path, resume_step)
         if accelerator.log_with:
             flat = {
@@ -81,6 +85,11 @@ class Trackers:
     def finish(self) -> None:
         """Close the trackers."""
         self.accelerator.end_training()
+
+
+def project_configuration(output_dir: str) -> ProjectConfiguration:
+    """What Accelerator needs to know for tensorboard to write below the output folder."""
+    return ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / FOLDERS["tensorboard"]))
 
 
 def _keep_lines_until(path: Path, step: int | None) -> None:

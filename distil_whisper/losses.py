@@ -1,0 +1,117 @@
+"""The distillation loss, from the decoders' last hidden states and in chunks of valid tokens.
+
+No tensor of shape [batch, length, vocabulary] ever exists: a chunk's logits live only while its loss and its gradient
+are computed, in one pass. Softmax is float32 whatever the compute type is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+CE_WEIGHT = 0.8  # of Distil-Whisper, arXiv 2311.00430
+CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB of float32, some 650 tokens of Whisper's vocabulary
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """CE_WEIGHT * CE + kl_weight * temperature^2 * KL(teacher || student)."""
+
+    ce: float = CE_WEIGHT
+    kl: float = 1.0
+    temperature: float = 2.0
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over valid tokens: `loss` carries the gradient, the others are for the record."""
+
+    loss: torch.Tensor
+    ce: torch.Tensor
+    kl: torch.Tensor
+    tokens: torch.Tensor
+
+
+def distillation_loss(
+    student_hidden: torch.Tensor,
+    student_head: torch.Tensor,
+    labels: torch.Tensor,
+    weights: LossWeights,
+    teacher_hidden: torch.Tensor | None = None,
+    teacher_head: torch.Tensor | None = None,
+    ignored: int = -100,
+) -> LossSums:
+    """CE of the labels and temperature-scaled KL from the teacher, summed over the valid tokens.
+
+    Hidden states are [batch, length, width] (the widths may differ), heads [vocabulary, width], labels
+    [batch, length]. Without teacher_hidden there is no KL term. Source: arXiv 2311.00430, section 3.
+    """
+    valid = labels != ignored
+    hidden, targets = student_hidden[valid], labels[valid]
+    teacher = None if teacher_hidden is None else (teacher_hidden[valid].detach(), teacher_head.detach())
+    loss, ce, kl = _ChunkedLoss.apply(hidden, student_head, targets, teacher, weights)
+    return LossSums(loss, ce, kl, valid.sum())
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Forward computes the loss and, while a chunk's logits are there, its gradient; backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, teacher, weights):
+        compute_type = (
+            torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_autocast_enabled(hidden.device.type)
+            else hidden.dtype
+        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _forward(ctx, hidden, head, targets, teacher, weights, compute_type)
+
+    @staticmethod
+    def backward(ctx, scale, _ce, _kl):
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden * scale.to(grad_hidden.dtype), grad_head * scale.to(grad_head.dtype), None, None, None
+
+
+def _forward(ctx, hidden, head, targets, teacher, weights, compute_type):
+    needs_gradient = any(ctx.needs_input_grad)
+    head_cast = head.to(compute_type)
+    grad_hidden = torch.zeros_like(hidden) if needs_gradient else None
+    grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_gradient else None
+    ce = hidden.new_zeros((), dtype=torch.float32)
+    kl = hidden.new_zeros((), dtype=torch.float32)
+    chunk = max(1, CHUNK_ELEMENTS // head.shape[0])
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        states = hidden[part].to(compute_type)
+        logits = (states @ head_cast.T).float()
+        log_q = functional.log_softmax(logits, dim=-1)
+        ce -= log_q.gather(1, targets[part, None]).sum()
+        grad = None
+        if needs_gradient:
+            grad = log_q.exp().mul_(weights.ce)
+            grad.scatter_add_(1, targets[part, None], grad.new_full((len(states), 1), -weights.ce))
+        if teacher is not None:
+            kl += _add_kl(logits, teacher[0][part], teacher[1], weights, grad)
+        if needs_gradient:
+            grad = grad.to(compute_type)
+            grad_hidden[part] = (grad @ head_cast).to(hidden.dtype)
+            grad_head += (grad.T @ states).float()
+    if needs_gradient:
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+    ctx.set_materialize_grads(True)
+    ctx.mark_non_differentiable(ce, kl)
+    return weights.ce * ce + weights.kl * weights.temperature**2 * kl, ce, kl
+
+
+def _add_kl(logits, teacher_hidden, teacher_head, weights, grad):
+    """KL(teacher || student) of a chunk at the temperature, its gradient by the student's logits added to grad."""
+    temperature = weights.temperature
+    teacher_logits = (teacher_hidden @ teacher_head.to(teacher_hidden.dtype).T).float()
+    log_p = functional.log_softmax(teacher_logits / temperature, dim=-1)
+    log_q = functional.log_softmax(logits / temperature, dim=-1)
+    p = log_p.exp()
+    # Where the teacher's probability is 0, log p may be -inf: such an entry adds nothing.
+    kl = (p * (log_p - log_q).nan_to_num_(neginf=0.0)).sum()
+    if grad is not None:  # T^2 * KL has the gradient T * (q - p)
+        grad += (log_q.exp() - p).mul_(weights.kl * temperature)
+    return kl
