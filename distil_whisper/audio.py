@@ -1,0 +1,192 @@
+"""Audio: files of any common kind to mono samples at the model's rate, and samples to log-mel frames."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from torch import nn
+
+from distil_whisper.errors import UserError
+
+ENCODER_STRIDE = 2  # log-mel frames to one position of Whisper's encoder
+LOG_FLOOR, LOG_RANGE = 1e-10, 8.0  # smallest mel power, and how many powers of ten below the loudest are kept
+_BLOCK = 1 << 20  # samples read at once: a header may claim any length, what is there decides
+_UNKNOWN_LENGTH = 1 << 40  # a header that claims more frames than this does not know
+
+Audio = bytes | str | Path | dict
+
+
+class AudioError(Exception):
+    """Audio that cannot be used; the message is the reason, in a few words."""
+
+
+def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
+    """Encoded audio as float32 mono samples [n] at sampling_rate (in hertz), channels averaged.
+
+    audio is the bytes of a file, a path, or what datasets calls an undecoded audio: {"bytes", "path"}; a decoded one,
+    {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels.
+    Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN or infinity.
+    """
+    if isinstance(audio, dict) and audio.get("array") is not None:
+        samples, rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
+        samples = samples.mean(axis=0) if samples.ndim == 2 else samples
+    else:
+        with _opened(audio) as file:
+            samples, rate = _mono(file), file.samplerate
+    if not np.isfinite(samples).all():
+        raise AudioError("NaN or infinite samples")
+    if rate != sampling_rate and len(samples):
+        samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
+    if not len(samples):
+        raise AudioError("zero samples")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def duration(audio: Audio) -> float:
+    """Length of encoded audio in seconds, from its header where the header knows.
+
+    Raises AudioError as decode does, except for what only the samples can show.
+    """
+    if isinstance(audio, dict) and audio.get("array") is not None:
+        return np.shape(audio["array"])[-1] / audio["sampling_rate"]
+    with _opened(audio) as file:
+        frames = file.frames if file.frames < _UNKNOWN_LENGTH else len(_mono(file))
+        if not frames:
+            raise AudioError("zero samples")
+        return frames / file.samplerate
+
+
+def encode_flac(samples: np.ndarray, sampling_rate: int) -> bytes:
+    """Mono samples [n] in [-1, 1] as a 16-bit FLAC file; louder ones are clipped. sampling_rate in hertz."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(samples, -1.0, 1.0), sampling_rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the encoder takes at once: sampling_rate in hertz, samples of audio, log-mel frames, mel bins."""
+
+    sampling_rate: int
+    samples: int
+    frames: int
+    mels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.sampling_rate
+
+    @classmethod
+    def from_models(cls, feature_extractor, model_config) -> "Window":
+        """The window of a Whisper checkpoint. Raises UserError if its feature extractor and its config disagree."""
+        frames = ENCODER_STRIDE * model_config.max_source_positions
+        window = cls(
+            sampling_rate=feature_extractor.sampling_rate,
+            samples=frames * feature_extractor.hop_length,
+            frames=frames,
+            mels=model_config.num_mel_bins,
+        )
+        if feature_extractor.feature_size != window.mels:
+            raise UserError(
+                f"the feature extractor makes {feature_extractor.feature_size} mel bins, but the model's config has "
+                f"{window.mels}; give a feature extractor and a model of the same checkpoint"
+            )
+        if feature_extractor.n_samples != window.samples:
+            raise UserError(
+                f"the feature extractor's window is {feature_extractor.n_samples / window.sampling_rate:g} s, but the "
+                f"model's is {window.seconds:g} s; give a feature extractor and a model of the same checkpoint"
+            )
+        return window
+
+
+class LogMel(nn.Module):
+    """Whisper's log-mel spectrogram on whatever device the samples are, after openai/whisper's audio.py.
+
+    Takes float32 samples [batch, samples], gives float32 [batch, mels, samples // hop]; equal to transformers'
+    WhisperFeatureExtractor, from which its settings come, to 1e-5.
+    """
+
+    def __init__(self, feature_extractor):
+        super().__init__()
+        self.n_fft = feature_extractor.n_fft
+        self.hop_length = feature_extractor.hop_length
+        filters = torch.as_tensor(feature_extractor.mel_filters, dtype=torch.float32).T.contiguous()
+        self.register_buffer("filters", filters, persistent=False)
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, samples: torch.Tensor) -> torch.Tensor:
+        # A half-precision autocast around the model would otherwise reach the product with the filters.
+        with torch.autocast(samples.device.type, enabled=False):
+            spectrum = torch.stft(
+                samples.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True
+            )
+            power = (spectrum[..., :-1].abs() ** 2).contiguous()
+            logarithm = (self.filters @ power).clamp(min=LOG_FLOOR).log10()
+            loudest = logarithm.amax(dim=(-2, -1), keepdim=True)
+            return (torch.maximum(logarithm, loudest - LOG_RANGE) + 4.0) / 4.0
+
+
+def stack(waveforms: list[np.ndarray], window: Window) -> torch.Tensor:
+    """Waveforms of any lengths as float32 [batch, window.samples], zeros after each one's end.
+
+    Raises ValueError for one that is longer than the window: audio is never cut silently.
+    """
+    batch = torch.zeros(len(waveforms), window.samples)
+    for row, samples in zip(batch, waveforms, strict=True):
+        if len(samples) > window.samples:
+            raise ValueError(
+                f"{len(samples) / window.sampling_rate:.2f} s of audio do not fit a window of {window.seconds:g} s"
+            )
+        row[: len(samples)] = torch.from_numpy(samples)
+    return batch
+
+
+@contextmanager
+def _opened(audio: Audio) -> Iterator[soundfile.SoundFile]:
+    source = _file_of(audio)
+    try:
+        file = soundfile.SoundFile(source)
+    except soundfile.LibsndfileError as error:
+        raise _unreadable(error) from error
+    except TypeError as error:  # soundfile asks for the format of a name that ends in .raw
+        raise AudioError("unreadable: raw samples have no header") from error
+    with file:
+        try:
+            yield file
+        except soundfile.LibsndfileError as error:
+            raise _unreadable(error) from error
+
+
+def _unreadable(error: soundfile.LibsndfileError) -> AudioError:
+    return AudioError(f"unreadable: {error.error_string.strip().rstrip('.')}")
+
+
+def _file_of(audio: Audio) -> io.BytesIO | str:
+    if isinstance(audio, dict):
+        audio = audio.get("path") if audio.get("bytes") is None else audio["bytes"]
+    if audio is None:
+        raise AudioError("no audio")
+    if isinstance(audio, bytes):
+        if not audio:
+            raise AudioError("empty file")
+        return io.BytesIO(audio)
+    if not os.path.isfile(audio):
+        raise AudioError(f"missing file {audio}")
+    if not os.path.getsize(audio):
+        raise AudioError("empty file")
+    return str(audio)
+
+
+def _mono(file: soundfile.SoundFile) -> np.ndarray:
+    blocks = []
+    while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
