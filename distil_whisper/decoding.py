@@ -1,0 +1,155 @@
+"""Decoding of windows: one encoder pass and one search for a batch, with the model's confidence in its words."""
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
+
+from distil_whisper.audio import LogMel
+from distil_whisper.errors import UserError
+from distil_whisper.models import LoadedWhisper
+
+# Whisper's own generate sets off this warning at each first use (transformers 5.23); no argument of ours avoids it
+logging.getLogger("transformers.generation.utils").addFilter(
+    lambda record: not record.msg.startswith("Passing `generation_config` together with generation-related arguments")
+)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a model says of one window.
+
+    ids: the tokens as generated, timestamps included, without prefix and end token.
+    truncated: the length limit came before the end token.
+    avg_logprob: mean log-probability of the tokens, the end token included, after the rules of decoding (suppressed
+    tokens, timestamps), as in openai/whisper. no_speech_prob: probability of <|nospeech|> after <|startoftranscript|>.
+    """
+
+    ids: list[int]
+    truncated: bool
+    avg_logprob: float
+    no_speech_prob: float
+
+
+class Decoder:
+    """Decodes batches of windows, greedily or with beams, on the device and in the type of the model.
+
+    max_label_length: the most tokens after the prefix; the decoder's positions limit it in any case.
+    Raises UserError for numbers below 1.
+    """
+
+    def __init__(
+        self,
+        whisper: LoadedWhisper,
+        *,
+        num_beams: int = 1,
+        max_label_length: int | None = None,
+        return_timestamps: bool = False,
+    ):
+        for name, value in (("number of beams", num_beams), ("maximum label length", max_label_length)):
+            if value is not None and value < 1:
+                raise UserError(f"the {name} is {value}; it must be 1 or more")
+        self.model = whisper.model
+        self.grammar = whisper.grammar
+        self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
+        self.num_beams = num_beams
+        self.max_label_length = max_label_length or whisper.grammar.max_positions
+        self.return_timestamps = return_timestamps
+
+    @torch.no_grad()
+    def __call__(self, waveforms: torch.Tensor, language: str | None, task: str | None) -> list[Decoded]:
+        """Decode waveforms [B, samples] (float32, the window's length, on any device), one result a row.
+
+        language is a code; both are None for an English-only model. Raises UserError if a multilingual model has none.
+        """
+        prefix = self.grammar.prefix(language, task, self.return_timestamps)
+        features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
+        encoded = self.model.get_encoder()(features).last_hidden_state
+        scores = SearchScores(self.num_beams)
+        with first_logits(self.model) as captured:
+            # transformers adds the prefix to max_length, up to the decoder's positions
+            output = self.model.generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                attention_mask=torch.ones(encoded.shape[:2], dtype=torch.long, device=encoded.device),
+                force_unique_generate_call=True,
+                return_dict_in_generate=True,
+                return_timestamps=self.return_timestamps,
+                num_beams=self.num_beams,
+                max_length=self.max_label_length,
+                logits_processor=[scores],
+                **({"language": language, "task": task} if self.grammar.multilingual else {}),
+            )
+        generated = output.sequences[:, len(prefix) :]
+        if output.sequences[0, : len(prefix)].tolist() != prefix:
+            raise RuntimeError(f"generate began with {output.sequences[0].tolist()}, expected {prefix}")
+        logprobs = scores.of_tokens(generated, getattr(output, "beam_indices", None))
+        no_speech = captured[0][:: self.num_beams, 0].float().softmax(-1)[:, self.grammar.no_speech]
+        return [
+            self._decoded(*row) for row in zip(generated.tolist(), logprobs.tolist(), no_speech.tolist(), strict=True)
+        ]
+
+    def _decoded(self, tokens: list[int], logprobs: list[float], no_speech_prob: float) -> Decoded:
+        truncated = self.grammar.end not in tokens
+        ids = tokens if truncated else tokens[: tokens.index(self.grammar.end)]
+        counted = len(ids) + (not truncated)
+        return Decoded(ids, truncated, sum(logprobs[:counted]) / max(counted, 1), no_speech_prob)
+
+
+class SearchScores(LogitsProcessor):
+    """Changes nothing, and keeps the log-probabilities of the tokens that a search can take at each step.
+
+    Greedy search takes the best one, beam search one of the best 2 * num_beams of a beam, so that nothing of the size
+    of the vocabulary is kept.
+    """
+
+    def __init__(self, num_beams: int):
+        self.keep = 1 if num_beams == 1 else 2 * num_beams
+        self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # values and tokens, [B * num_beams, keep]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        values, tokens = scores.float().topk(self.keep)
+        self.steps.append((values - scores.float().logsumexp(-1, keepdim=True), tokens))
+        return scores
+
+    def of_tokens(self, generated: torch.Tensor, beam_indices: torch.Tensor | None) -> torch.Tensor:
+        """Log-probabilities [B, T] of generated tokens [B, T]; what follows an end token has no meaning.
+
+        beam_indices [B, T] says in which row each token was found, as `generate` returns it; None for greedy search.
+        """
+        steps = self.steps[: generated.shape[1]]
+        values = torch.stack([step[0] for step in steps], dim=1)
+        tokens = torch.stack([step[1] for step in steps], dim=1)
+        if beam_indices is None:
+            return values[:, :, 0]
+        rows = beam_indices[:, : len(steps)].clamp(min=0)
+        steps_of = torch.arange(len(steps), device=rows.device)
+        values, tokens = values[rows, steps_of], tokens[rows, steps_of]
+        # a token that is not among those kept is level with the last of them
+        return torch.where(tokens == generated[..., None], values, values[..., -1:]).amax(-1)
+
+
+@contextlib.contextmanager
+def first_logits(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Capture the logits [B, prefix, vocabulary] of the first call of a model, which spares a decoder pass."""
+    captured: list[torch.Tensor] = []
+
+    def keep(_module, _inputs, output):
+        if not captured:
+            captured.append(output.logits)
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def compression_ratio(text: str) -> float:
+    """How much zlib shrinks a text (as openai/whisper measures it): loops of repeated words give high values."""
+    encoded = text.encode("utf-8")
+    return len(encoded) / len(zlib.compress(encoded))

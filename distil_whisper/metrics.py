@@ -1,0 +1,110 @@
+"""Errors between a reference and a hypothesis: one pair by rapidfuzz, a corpus by an evaluate metric over jiwer.
+
+Nothing here needs a network. Rates are in percent. A reference without words (a pause, or a text that normalisation
+empties) adds no words to divide by, but every word of its hypothesis is an insertion; such rows are counted. If no
+row has a word, the rate is 0 without errors and 100 with some.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import evaluate
+import jiwer
+from rapidfuzz.distance import Levenshtein
+
+from distil_whisper.normalisation import Normaliser
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of one pair and what they are counted against (words, or characters)."""
+
+    errors: int
+    reference_words: int
+
+    @property
+    def rate(self) -> float:
+        """Errors in percent of the reference words."""
+        return _percent(self.errors, self.reference_words)
+
+
+def word_errors(reference: str, hypothesis: str) -> Errors:
+    """Substituted, deleted and inserted words of one pair of texts, which are compared as they are."""
+    return _distance(reference.split(), hypothesis.split())
+
+
+def character_errors(reference: str, hypothesis: str) -> Errors:
+    """Substituted, deleted and inserted characters of one pair of texts, which are compared as they are."""
+    return _distance(reference.strip(), hypothesis.strip())
+
+
+class ErrorRates(evaluate.Metric):
+    """Word and character error rates of a corpus: total errors over total words (characters), not a mean of rates."""
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True)
+
+    def _info(self):
+        texts = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description=type(self).__doc__, citation="", features=texts)
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict:
+        if not references:
+            return {"wer": None, "cer": None, "errors": 0, "reference_words": 0, "empty_references": 0}
+        words = jiwer.process_words(references, predictions)
+        characters = jiwer.process_characters(references, predictions)
+        errors, reference_words = _totals(words)
+        return {
+            "wer": _percent(errors, reference_words),
+            "cer": _percent(*_totals(characters)),
+            "errors": errors,
+            "substitutions": words.substitutions,
+            "deletions": words.deletions,
+            "insertions": words.insertions,
+            "reference_words": reference_words,
+            "empty_references": sum(not text for text in words.references),
+        }
+
+
+def score(predictions: Sequence[str], references: Sequence[str], normaliser: Normaliser) -> dict:
+    """WER and CER of a corpus, normalised (`wer`, `cer`, the counts) and as written (`wer_ortho`, `cer_ortho`).
+
+    `wer_ortho` and `cer_ortho` compare the texts with white space made single. `headline` names the rate to quote:
+    `cer` for languages written without spaces. Rates are None for no rows.
+    """
+    metric = ErrorRates()
+    written = metric.compute(predictions=_single_spaced(predictions), references=_single_spaced(references))
+    normalised = metric.compute(
+        predictions=[normaliser(text) for text in predictions], references=[normaliser(text) for text in references]
+    )
+    if normaliser.spaceless:
+        normalised["cer"] = normalised["wer"]  # its words are the characters, and the spaces between them are not
+    return {
+        "rows": len(references),
+        **normalised,
+        "wer_ortho": written["wer"],
+        "cer_ortho": written["cer"],
+        "normalizer": normaliser.name,
+        "headline": "cer" if normaliser.spaceless else "wer",
+    }
+
+
+def _single_spaced(texts: Sequence[str]) -> list[str]:
+    return [" ".join(text.split()) for text in texts]
+
+
+def _distance(reference: Sequence, hypothesis: Sequence) -> Errors:
+    return Errors(Levenshtein.distance(reference, hypothesis), len(reference))
+
+
+def _totals(output: jiwer.WordOutput | jiwer.CharacterOutput) -> tuple[int, int]:
+    """Errors, and units of the references."""
+    errors = output.substitutions + output.deletions + output.insertions
+    return errors, output.hits + output.substitutions + output.deletions
+
+
+def _percent(errors: int, total: int) -> float:
+    if total == 0:
+        return 100.0 if errors else 0.0
+    return 100.0 * errors / total

@@ -1,0 +1,110 @@
+"""Whisper checkpoints, loaded for inference with all that decoding needs."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
+
+from distil_whisper.arguments import attention
+from distil_whisper.audio import Window
+from distil_whisper.errors import UserError
+from distil_whisper.tokens import Grammar
+
+ENGLISH_ONLY_VOCABULARY = (
+    51_864  # openai/whisper tells its English-only models by this size; multilingual ones have more
+)
+
+
+@dataclass
+class LoadedWhisper:
+    """A model in evaluation mode with its tokenizer, feature extractor, token grammar and window."""
+
+    model: WhisperForConditionalGeneration
+    tokenizer: WhisperTokenizer
+    feature_extractor: WhisperFeatureExtractor
+    grammar: Grammar
+    window: Window
+
+
+def load_whisper(
+    name: str,
+    *,
+    dtype: str = "float32",
+    attn_type: str | None = None,
+    cache_dir: str | None = None,
+    device: torch.device | str | None = None,
+    argument: str = "--model_name_or_path",
+) -> LoadedWhisper:
+    """Load a checkpoint (a folder or a Hub id) for inference; the device is a GPU where there is one.
+
+    Weights are read from safetensors only. `argument` is named in messages. Raises UserError for a checkpoint that is
+    missing, incomplete or not Whisper.
+    """
+    implementation = attention(attn_type)
+    config = _load(AutoConfig, name, argument, cache_dir=cache_dir)
+    if config.model_type != "whisper":
+        raise UserError(f"{argument} {name} is a {config.model_type} model; give a Whisper checkpoint")
+    model, report = _load(
+        WhisperForConditionalGeneration,
+        name,
+        argument,
+        cache_dir=cache_dir,
+        dtype=getattr(torch, dtype),
+        attn_implementation=implementation,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{argument} {name} lacks {len(missing)} weights, such as {missing[0]}")
+    tokenizer = _load(WhisperTokenizer, name, argument, cache_dir=cache_dir)
+    feature_extractor = _load(WhisperFeatureExtractor, name, argument, cache_dir=cache_dir)
+    grammar = Grammar(tokenizer, is_multilingual(model, tokenizer), config.max_target_positions)
+    complete_generation_config(model, grammar)
+    window = Window.from_models(feature_extractor, model.config)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
+
+
+def is_multilingual(model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer) -> bool:
+    """Whether a model takes a language and a task token: by its generation config, else by its vocabulary."""
+    generation_config = model.generation_config
+    if getattr(generation_config, "is_multilingual", None) is not None:
+        return generation_config.is_multilingual
+    if getattr(generation_config, "lang_to_id", None):
+        return True
+    return "<|de|>" in tokenizer.get_vocab() and model.config.vocab_size != ENGLISH_ONLY_VOCABULARY
+
+
+def complete_generation_config(model: WhisperForConditionalGeneration, grammar: Grammar) -> None:
+    """Give the generation config what old or derived checkpoints lack, so that `generate` builds the grammar's prefix.
+
+    A prefix that is forced by position is dropped: language and task name it.
+    """
+    generation_config = model.generation_config
+    generation_config.forced_decoder_ids = None
+    if hasattr(model.config, "forced_decoder_ids"):
+        model.config.forced_decoder_ids = None
+    found = {
+        "is_multilingual": grammar.multilingual,
+        "no_timestamps_token_id": grammar.no_timestamps,
+        "prev_sot_token_id": grammar.previous,
+    }
+    if grammar.multilingual:
+        vocabulary = grammar.tokenizer.get_vocab()
+        names = [f"<|{code}|>" for code in LANGUAGES if f"<|{code}|>" in vocabulary]
+        found["lang_to_id"] = {name: vocabulary[name] for name in names}
+        found["task_to_id"] = {task: grammar.id_of(f"<|{task}|>") for task in TASK_IDS}
+    for name, value in found.items():
+        if getattr(generation_config, name, None) is None:
+            setattr(generation_config, name, value)
+
+
+def _load(kind: type, name: str, argument: str, **options):
+    """`kind.from_pretrained(name)`, with a sentence for what cannot be loaded."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split()).split(". ", 1)[0]
+        raise UserError(f"{argument} {name} cannot be loaded as a Whisper checkpoint: {reason}") from error

@@ -1,0 +1,64 @@
+"""Text normalisation before errors are counted, named in every result so that figures can be compared."""
+
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from distil_whisper.errors import UserError, nearest
+from distil_whisper.tokens import SPACELESS_LANGUAGES
+
+NORMALISERS = ("english", "basic", "basic_keep_marks")
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """A text normaliser and its name. Words are separated by single spaces, none at the ends.
+
+    Where the language is written without spaces (`spaceless`), every character is a word of its own, as in
+    openai/whisper, so that word errors are character errors.
+    """
+
+    name: str
+    spaceless: bool
+    function: Callable[[str], str]
+
+    def __call__(self, text: str) -> str:
+        return " ".join(self.function(text).split())
+
+
+def normaliser(name: str | None, language: str | None, tokenizer) -> Normaliser:
+    """The normaliser of that name; without one, `english` for English and `basic_keep_marks` for other languages.
+
+    language is a code, None for an English-only model. tokenizer gives the English spellings (none if it has none).
+    Raises UserError for an unknown name.
+    """
+    name = name or ("english" if language in (None, "en") else "basic_keep_marks")
+    if name not in NORMALISERS:
+        raise UserError(f"there is no text normaliser {name!r} {nearest(name, NORMALISERS)}")
+    spaceless = is_spaceless(language)
+    if name == "english":
+        return Normaliser(name, spaceless, EnglishTextNormalizer(tokenizer.english_spelling_normalizer or {}))
+    basic = BasicTextNormalizer(split_letters=spaceless)
+    if name == "basic_keep_marks":
+        basic.clean = remove_symbols_but_marks
+    return Normaliser(name, spaceless, basic)
+
+
+def is_spaceless(language: str | None) -> bool:
+    """Whether a language (a code) is written without spaces, so that characters are counted in place of words."""
+    return language in SPACELESS_LANGUAGES
+
+
+def remove_symbols_but_marks(text: str) -> str:
+    """Whisper's basic cleaning, with combining marks kept: they are the vowel signs of Hindi, Tamil, Thai and others.
+
+    A mark that no letter carries (what is left of an emoji) goes with the symbols.
+    """
+    cleaned: list[str] = []
+    for character in unicodedata.normalize("NFKC", text):
+        category = unicodedata.category(character)[0]
+        carried = category == "M" and cleaned and not cleaned[-1].isspace()
+        cleaned.append(character if carried or category not in "MSP" else " ")
+    return "".join(cleaned)
