@@ -1,0 +1,99 @@
+"""The training step: a batch goes in, the losses come out. DDP and FSDP wrap the whole of it."""
+
+import torch
+from torch import nn
+from transformers import WhisperForConditionalGeneration
+
+from distil_whisper.audio import LogMel
+from distil_whisper.losses import LossWeights, distillation_loss
+from distil_whisper.tokens import IGNORED
+
+
+class Distiller(nn.Module):
+    """Student and teacher on one batch. The teacher is held outside of the module tree: it is never trained, wrapped,
+    synchronised or saved.
+
+    A frozen student encoder that equals the teacher's runs once, for both decoders.
+    """
+
+    def __init__(
+        self,
+        student: WhisperForConditionalGeneration,
+        log_mel: LogMel,
+        weights: LossWeights,
+        teacher: WhisperForConditionalGeneration | None = None,
+        freeze_encoder: bool = False,
+    ):
+        super().__init__()
+        self.student = student
+        self.log_mel = log_mel
+        self.weights = weights
+        self._teacher = (teacher,)
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            student.model.encoder.requires_grad_(False)
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        self.shares_encoder = freeze_encoder and teacher is not None and same_encoder(student, teacher)
+
+    @property
+    def teacher(self) -> WhisperForConditionalGeneration | None:
+        """The teacher, None when there is no KL term."""
+        return self._teacher[0]
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """A frozen encoder stays in evaluation mode: its dropout would make it another encoder than the teacher's."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.student.model.encoder.eval()
+        return self
+
+    def forward(
+        self, waveforms: torch.Tensor, decoder_input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Sums over the valid tokens of the batch: loss (with gradient), ce, kl, tokens.
+
+        waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length]. Both decoders get
+        the same decoder_input_ids. Padding stands to the right, where causal attention never looks.
+        """
+        with torch.autocast(waveforms.device.type, enabled=False):
+            features = self.log_mel(waveforms)
+        teacher_hidden, teacher_states = self._run_teacher(features, decoder_input_ids)
+        states = teacher_states if self.shares_encoder else self._encode(features)
+        student_hidden = self.student.model.decoder(
+            input_ids=decoder_input_ids, encoder_hidden_states=states, use_cache=False
+        ).last_hidden_state
+        sums = distillation_loss(
+            student_hidden,
+            self.student.proj_out.weight,
+            labels,
+            self.weights,
+            teacher_hidden,
+            None if self.teacher is None else self.teacher.proj_out.weight,
+            ignored=IGNORED,
+        )
+        return {"loss": sums.loss, "ce": sums.ce, "kl": sums.kl, "tokens": sums.tokens}
+
+    def _encode(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.student.model.encoder(features).last_hidden_state
+
+    def _run_teacher(self, features, decoder_input_ids):
+        """The teacher's last decoder states and encoder states, in its own dtype; (None, None) without a teacher."""
+        if self.teacher is None:
+            return None, None
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            states = self.teacher.model.encoder(features.to(self.teacher.dtype)).last_hidden_state
+            hidden = self.teacher.model.decoder(
+                input_ids=decoder_input_ids, encoder_hidden_states=states, use_cache=False
+            ).last_hidden_state
+        return hidden, states
+
+
+def same_encoder(student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration) -> bool:
+    """Whether two encoders are equal: the same layers and, in the teacher's dtype, the same weights."""
+    ours, theirs = student.model.encoder.state_dict(), teacher.model.encoder.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[name].shape == theirs[name].shape and torch.equal(ours[name].to(theirs[name]), theirs[name])
+        for name in ours
+    )

@@ -1,0 +1,178 @@
+"""Training examples: a row of a dataset becomes a waveform and a token sequence, and rows become a batch."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distil_whisper.audio import AudioError, Window, decode, stack
+from distil_whisper.errors import UserError
+from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How rows become token sequences."""
+
+    timestamp_probability: float
+    condition_on_prev_probability: float
+    max_label_length: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """Where the labels of one dataset stand. pseudo: take `whisper_transcript`, else the text column.
+
+    language and task hold for every row; where they are None the row's own columns do, and then the defaults. All four
+    are None for an English-only model.
+    """
+
+    text: str | None
+    pseudo: bool
+    language: str | None = None
+    task: str | None = None
+    default_language: str | None = None
+    default_task: str | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example. Without a sequence it trains nothing, and `problem` says why if that is worth telling."""
+
+    row_id: str
+    samples: np.ndarray | None = None
+    sequence: Sequence | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Batch:
+    """What the training step is given, and what the record of it needs."""
+
+    waveforms: torch.Tensor
+    decoder_input_ids: torch.Tensor
+    labels: torch.Tensor
+    tokens: int
+    seconds: float
+    problems: list[tuple[str, str]]
+
+    def inputs(self, device) -> dict[str, torch.Tensor]:
+        """The training step's arguments, on a device."""
+        return {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("waveforms", "decoder_input_ids", "labels")
+        }
+
+
+class Labeller:
+    """From a row to its token sequence. Whether a row keeps its timestamps and its prompt is drawn again each epoch
+    from (seed, epoch, row_id), so neither the order of rows nor a resume changes it."""
+
+    def __init__(self, grammar: Grammar, settings: LabelSettings):
+        self.grammar = grammar
+        self.settings = settings
+
+    def target(self, row: dict, columns: LabelColumns) -> Target:
+        """The full transcript of a row as tokens, timestamps included if it has any."""
+        if not columns.pseudo:
+            return Target(self.grammar.encode_transcript(row[columns.text] or "", self.language(row, columns)), False)
+        ids = row.get("whisper_token_ids")
+        if ids is not None and row.get("tokenizer_fingerprint") in (None, self.grammar.fingerprint):
+            return self.grammar.target_of_ids(ids)
+        return self.grammar.encode_pseudo_label(row["whisper_transcript"] or "")
+
+    def language(self, row: dict, columns: LabelColumns) -> str | None:
+        """The language of a row: that of the run, else its own, else the default; None for an English-only model."""
+        if not self.grammar.multilingual:
+            return None
+        return columns.language or row.get("language") or columns.default_language
+
+    def task(self, row: dict, columns: LabelColumns) -> str | None:
+        """The task of a row, found as the language is."""
+        return columns.task or row.get("task") or columns.default_task
+
+    def sequence(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Sequence | None:
+        """What the decoders see of a row in an epoch; None when the label does not fit the decoder."""
+        settings, grammar = self.settings, self.grammar
+        timestamp_draw, prompt_draw = draws(settings.seed, epoch, row_id)
+        target = self.target(row, columns)
+        if timestamp_draw >= settings.timestamp_probability:
+            target = grammar.without_timestamps(target)
+        prompt = []
+        if columns.pseudo and prompt_draw < settings.condition_on_prev_probability:
+            prompt = self.prompt(row, target.has_timestamps)
+        return self.frame(row, columns, target, prompt)
+
+    def frame(self, row: dict, columns: LabelColumns, target: Target, prompt: list[int] = ()) -> Sequence | None:
+        """A target with the row's prefix, and with an end token unless the teacher never came to it."""
+        truncated = columns.pseudo and bool(row.get("truncated"))
+        return self.grammar.sequence(target, self.language(row, columns), self.task(row, columns), prompt, truncated)
+
+    def prompt(self, row: dict, timestamps: bool) -> list[int]:
+        """The previous window's tokens. Raises UserError if another tokenizer wrote them."""
+        ids = row.get("condition_on_prev")
+        fingerprint = row.get("tokenizer_fingerprint")
+        if ids and fingerprint not in (None, self.grammar.fingerprint):
+            raise UserError(
+                f"condition_on_prev was written with another tokenizer ({fingerprint}) than the student's "
+                f"({self.grammar.fingerprint}); label with this teacher, or set --condition_on_prev_probability 0"
+            )
+        return self.grammar.prompt_of_ids(ids, timestamps)
+
+
+class ExampleMaker:
+    """From a row to an Example: its audio decoded, its sequence built. Runs in DataLoader workers."""
+
+    def __init__(self, labeller: Labeller, window: Window, audio_column: str):
+        self.labeller = labeller
+        self.window = window
+        self.audio_column = audio_column
+
+    def __call__(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Example:
+        """The example of a row; one with a problem where the audio cannot be used."""
+        try:
+            samples = decode(row[self.audio_column], self.window.sampling_rate)
+        except AudioError as error:
+            return Example(row_id, problem=str(error))
+        if len(samples) > self.window.samples:
+            seconds = len(samples) / self.window.sampling_rate
+            return Example(row_id, problem=f"longer than the window: {seconds:.1f} s of {self.window.seconds:g} s")
+        sequence = self.labeller.sequence(row, columns, row_id, epoch)
+        if sequence is None:
+            return Example(row_id, problem="label longer than the decoder's positions")
+        return Example(row_id, samples, sequence)
+
+
+class Collator:
+    """From examples to a Batch, padded to the longest label of the batch (to a multiple of 8, for the sake of
+    matrix units). A batch with no usable example holds one silent window whose labels are all ignored."""
+
+    def __init__(self, window: Window, padding: int, multiple: int = 8):
+        self.window = window
+        self.padding = padding
+        self.multiple = multiple
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        """Examples as one batch; those with a problem are left out and listed."""
+        problems = [(example.row_id, example.problem) for example in examples if example.problem]
+        good = [example for example in examples if example.sequence is not None]
+        sequences = [example.sequence for example in good] or [Sequence([self.padding], [IGNORED])]
+        samples = [example.samples for example in good] or [np.zeros(0, np.float32)]
+        longest = max(len(sequence.labels) for sequence in sequences)
+        length = -(-longest // self.multiple) * self.multiple
+        inputs = torch.full((len(sequences), length), self.padding)
+        labels = torch.full((len(sequences), length), IGNORED)
+        for row, sequence in enumerate(sequences):
+            inputs[row, : len(sequence.labels)] = torch.tensor(sequence.decoder_input_ids)
+            labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
+        seconds = sum(len(part) for part in samples) / self.window.sampling_rate
+        tokens = int((labels != IGNORED).sum())
+        return Batch(stack(samples, self.window), inputs, labels, tokens, seconds, problems)
+
+
+def draws(seed: int, epoch: int, row_id: str) -> tuple[float, float]:
+    """Two uniform numbers in [0, 1) that depend on nothing but the arguments."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=16).digest()
+    return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))

@@ -1,0 +1,217 @@
+"""The order in which training visits the rows of its datasets, map-style and streaming.
+
+Every order is a function of the seed and of how many batches were taken, so a resumed run goes on with the very next
+batch, and the rows of a global batch do not depend on the number of processes or workers.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from distil_whisper.errors import UserError
+from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns
+from distil_whisper.filtering import KEPT, RowFilter
+from distil_whisper.reading import Source
+
+
+@dataclass
+class TrainingSet:
+    """One dataset of the mixture. `kept` are its usable rows when it is map-style."""
+
+    source: Source
+    columns: LabelColumns
+    row_filter: RowFilter
+    kept: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    def row_id(self, row: dict, unit: int, number: int) -> str:
+        """The identity that the labelling stage gave the row, else the one that its place gives it."""
+        return row.get("row_id") or self.source.row_id(unit, number)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch this process takes."""
+
+    rank: int
+    processes: int
+    batch_size: int  # per process
+
+    def of(self, rows: list) -> tuple[list, bool]:
+        """This process's rows of a global batch, and whether they count: a batch with fewer rows than processes
+        (the last of an epoch) leaves some with a copy of its first row, whose labels are to be ignored."""
+        bounds = np.linspace(0, len(rows), self.processes + 1).round().astype(int)
+        mine = rows[bounds[self.rank] : bounds[self.rank + 1]]
+        return (mine, True) if mine else (rows[:1], False)
+
+
+class EpochOrder:
+    """The rows of an epoch in order, as (dataset, row) pairs.
+
+    Without weights each row of each dataset once. With weights as many rows, each drawn from a dataset with a
+    probability in proportion to its weight; a dataset that runs out starts again in a new order.
+    """
+
+    def __init__(self, sizes: list[int], weights: list[float] | None, seed: int):
+        self.sizes = sizes
+        self.weights = weights
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """An array [rows, 2] that depends on the seed and the epoch alone."""
+        draw = np.random.default_rng([self.seed, epoch])
+        if self.weights is None:
+            pairs = [np.stack([np.full(size, index), np.arange(size)], 1) for index, size in enumerate(self.sizes)]
+            return draw.permutation(np.concatenate(pairs))
+        share = np.asarray(self.weights, float) / sum(self.weights)
+        datasets = draw.choice(len(self.sizes), size=len(self), p=share)
+        rows = np.zeros(len(self), int)
+        for index, size in enumerate(self.sizes):
+            places = np.flatnonzero(datasets == index)
+            rounds = [draw.permutation(size) for _ in range(-(-len(places) // size))]
+            rows[places] = np.concatenate([*rounds, np.zeros(0, int)])[: len(places)]
+        return np.stack([datasets, rows], 1)
+
+
+class MapBatches(Sampler):
+    """Batches of (epoch, dataset, row, counts) keys for one process, endlessly, from a batch number on."""
+
+    def __init__(self, order: EpochOrder, share: Share, start: int = 0):
+        self.order = order
+        self.share = share
+        self.start = start
+
+    @property
+    def per_epoch(self) -> int:
+        """Global batches in an epoch; the last one may be smaller."""
+        return -(-len(self.order) // (self.share.batch_size * self.share.processes))
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int, bool]]]:
+        size = self.share.batch_size * self.share.processes
+        for epoch in count(self.start // self.per_epoch):
+            order = self.order(epoch)
+            first = self.start % self.per_epoch if epoch == self.start // self.per_epoch else 0
+            for number in range(first, self.per_epoch):
+                mine, counts = self.share.of(order[number * size : (number + 1) * size].tolist())
+                yield [(epoch, dataset, row, counts) for dataset, row in mine]
+
+
+class MapExamples(Dataset):
+    """Examples by key; audio is read and decoded here, in the DataLoader's workers."""
+
+    def __init__(self, sets: list[TrainingSet], maker: ExampleMaker):
+        self.sets = sets
+        self.maker = maker
+
+    def __getitem__(self, key: tuple[int, int, int, bool]) -> Example:
+        epoch, dataset, position, counts = key
+        training_set = self.sets[dataset]
+        index = int(training_set.kept[position])
+        row = training_set.source.dataset[index]
+        row_id = training_set.row_id(row, *training_set.source.locate(index))
+        return _example(self.maker, row, training_set.columns, row_id, epoch, counts)
+
+
+class StreamBatches(IterableDataset):
+    """Batches of a streamed mixture for one process, endlessly, from a batch number on.
+
+    Every process and every worker reads the rows in the same order and decodes only its own. Rows are shuffled in
+    blocks: a block is read, put in a random order and given out before the next one is read.
+    """
+
+    def __init__(
+        self,
+        sets: list[TrainingSet],
+        weights: list[float] | None,
+        maker: ExampleMaker,
+        collator: Collator,
+        share: Share,
+        seed: int,
+        block_size: int,
+        start: int = 0,
+    ):
+        self.sets = sets
+        self.weights = weights or [1.0] * len(sets)
+        self.maker = maker
+        self.collator = collator
+        self.share = share
+        self.seed = seed
+        self.block_size = block_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
+        global_batches = _batched(self.rows(), self.share.batch_size * self.share.processes)
+        for number, rows in enumerate(global_batches):
+            if number < self.start or (number - self.start) % workers != mine:
+                continue
+            part, counts = self.share.of(list(rows))
+            yield self.collator(
+                [
+                    _example(self.maker, row, self.sets[dataset].columns, row_id, epoch, counts)
+                    for dataset, epoch, row_id, row in part
+                ]
+            )
+
+    def rows(self) -> Iterator[tuple[int, int, str, dict]]:
+        """(dataset, epoch of that dataset, row id, row) without end."""
+        streams = [self._rows_of(index) for index in range(len(self.sets))]
+        share = np.asarray(self.weights, float) / sum(self.weights)
+        draw = np.random.default_rng([self.seed, len(self.sets)])
+        while True:
+            yield next(streams[draw.choice(len(streams), p=share)])
+
+    def _rows_of(self, index: int) -> Iterator[tuple[int, int, str, dict]]:
+        for epoch in count():
+            draw = np.random.default_rng([self.seed, index, epoch])
+            seen = Counter()
+            for block in _batched(
+                self._kept_rows(index, draw.permutation(len(self.sets[index].source.units)), seen), self.block_size
+            ):
+                for position in draw.permutation(len(block)):
+                    row_id, row = block[position]
+                    yield index, epoch, row_id, row
+            if not seen[KEPT]:
+                raise UserError(f"no row of {self.sets[index].source.label} is left after filtering: {dict(seen)}")
+
+    def _kept_rows(self, index: int, units, seen: Counter) -> Iterator[tuple[str, dict]]:
+        training_set = self.sets[index]
+        for unit in units:
+            for number, row in enumerate(training_set.source.rows(int(unit))):
+                reason = training_set.row_filter(row)
+                seen[reason] += 1
+                if reason == KEPT:
+                    yield training_set.row_id(row, int(unit), number), row
+
+
+def map_loader(sets, order, maker, collator, share, start, num_workers) -> tuple[DataLoader, MapBatches]:
+    """An endless DataLoader over map-style datasets from a batch number on, and its sampler."""
+    sampler = MapBatches(order, share, start)
+    examples = MapExamples(sets, maker)
+    return DataLoader(examples, batch_sampler=sampler, collate_fn=collator, **_workers(num_workers)), sampler
+
+
+def stream_loader(batches: StreamBatches, num_workers: int) -> DataLoader:
+    """An endless DataLoader over a streamed mixture."""
+    return DataLoader(batches, batch_size=None, **_workers(num_workers))
+
+
+def _workers(num_workers: int) -> dict:
+    # Spawned: a forked worker inherits locks of torch's and fsspec's threads, and can hang for ever.
+    return {"num_workers": num_workers, "multiprocessing_context": "spawn" if num_workers else None}
+
+
+def _batched(rows: Iterator, size: int) -> Iterator[tuple]:
+    while batch := tuple(islice(rows, size)):  # itertools.batched came with Python 3.12
+        yield batch
+
+
+def _example(maker: ExampleMaker, row: dict, columns: LabelColumns, row_id: str, epoch: int, counts: bool) -> Example:
+    return maker(row, columns, row_id, epoch) if counts else Example(row_id)
