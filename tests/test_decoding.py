@@ -1,0 +1,221 @@
+import copy
+import json
+import shutil
+import zlib
+
+import pytest
+import torch
+from transformers import BertConfig
+from transformers.generation.logits_process import (
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    WhisperTimeStampLogitsProcessor,
+)
+
+from distil_whisper.audio import stack
+from distil_whisper.decoding import Decoder, compression_ratio
+from distil_whisper.errors import UserError
+from distil_whisper.models import load_whisper
+
+LIMIT = 20
+
+
+def enliven(whisper, seed=3):
+    """Random weights so large that every audio has words of its own; some end early and some run into the limit."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in whisper.model.named_parameters():
+            if parameter.ndim > 1 and "embed_positions" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        whisper.model.get_input_embeddings().weight[whisper.grammar.end] *= 3
+    whisper.model.generation_config.suppress_tokens = [5, 6]
+    whisper.model.generation_config.begin_suppress_tokens = [7, whisper.grammar.end]
+    return whisper
+
+
+@pytest.fixture(scope="module")
+def multilingual(toy_teacher):
+    return enliven(load_whisper(str(toy_teacher), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def english_only(toy_english_only):
+    return enliven(load_whisper(str(toy_english_only), device="cpu"), seed=5)
+
+
+@pytest.fixture(scope="module")
+def waveforms(multilingual, utterances):
+    return stack([utterance.samples for utterance in utterances[:8]], multilingual.window)
+
+
+@pytest.fixture(params=["multilingual", "english_only"])
+def told(request):
+    """A model, and what it is told."""
+    words = {"language": "hi", "task": "transcribe"} if request.param == "multilingual" else {}
+    return request.getfixturevalue(request.param), words
+
+
+def features_of(whisper, waveforms):
+    extracted = whisper.feature_extractor(list(waveforms.numpy()), sampling_rate=16_000, return_tensors="pt")
+    return extracted.input_features
+
+
+def decode(whisper, words, waveforms, **options):
+    decoder = Decoder(whisper, **{"max_label_length": LIMIT, **options})
+    return decoder(waveforms, words.get("language"), words.get("task"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_tokens_are_those_of_plain_generate(told, waveforms, timestamps, num_beams):
+    whisper, words = told
+    decoded = decode(whisper, words, waveforms, return_timestamps=timestamps, num_beams=num_beams)
+    plain = whisper.model.generate(
+        features_of(whisper, waveforms),
+        return_timestamps=timestamps,
+        num_beams=num_beams,
+        max_length=LIMIT,
+        force_unique_generate_call=True,
+        **words,
+    )
+    prefix = whisper.grammar.prefix(words.get("language"), words.get("task"), timestamps)
+    end = whisper.grammar.end
+    assert len({tuple(row.ids) for row in decoded}) > 4
+    assert {row.truncated for row in decoded} == {True, False}
+    for row, tokens in zip(decoded, plain.tolist(), strict=True):
+        tokens = tokens[len(prefix) :] if tokens[: len(prefix)] == prefix else tokens
+        assert row.ids == (tokens[: tokens.index(end)] if end in tokens else tokens)
+        assert row.truncated == (end not in tokens)
+        assert len(row.ids) == LIMIT if row.truncated else len(row.ids) < LIMIT
+        assert any(whisper.grammar.is_timestamp(token) for token in row.ids) or not timestamps
+
+
+def recomputed_logprob(whisper, prefix, features, row, timestamps):
+    """The mean log-probability of a row's tokens from one pass over all of them, and the rules of decoding."""
+    config = copy.deepcopy(whisper.model.generation_config)
+    rules = [
+        SuppressTokensLogitsProcessor(config.suppress_tokens),
+        SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin_index=len(prefix)),
+    ]
+    if timestamps:
+        rules.append(WhisperTimeStampLogitsProcessor(config, begin_index=len(prefix)))
+    tokens = torch.tensor([prefix + row.ids + ([] if row.truncated else [whisper.grammar.end])])
+    logits = whisper.model(features, decoder_input_ids=tokens[:, :-1]).logits
+    total = 0.0
+    for position in range(len(prefix), tokens.shape[1]):
+        scores = logits[:, position - 1].clone()
+        for rule in rules:
+            scores = rule(tokens[:, :position], scores)
+        total += scores.log_softmax(-1)[0, tokens[0, position]].item()
+    return total / (tokens.shape[1] - len(prefix))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_confidence_is_that_of_a_teacher_forced_pass(told, waveforms, timestamps, num_beams):
+    whisper, words = told
+    decoded = decode(whisper, words, waveforms, return_timestamps=timestamps, num_beams=num_beams)
+    features = features_of(whisper, waveforms)
+    prefix = whisper.grammar.prefix(words.get("language"), words.get("task"), timestamps)
+    start = torch.tensor([[whisper.grammar.start]]).expand(len(waveforms), 1)
+    first = whisper.model(features, decoder_input_ids=start).logits[:, 0].softmax(-1)
+    for index, row in enumerate(decoded):
+        expected = recomputed_logprob(whisper, prefix, features[index : index + 1], row, timestamps)
+        assert row.avg_logprob == pytest.approx(expected, abs=1e-3)
+        assert row.no_speech_prob == pytest.approx(first[index, whisper.grammar.no_speech].item(), rel=1e-3)
+    assert len({round(row.avg_logprob, 3) for row in decoded}) > 4
+
+
+def test_the_limit_counts_tokens_after_the_prefix_and_ends_at_the_positions(multilingual, waveforms):
+    words = {"language": "hi", "task": "transcribe"}
+    short = decode(multilingual, words, waveforms, max_label_length=2)
+    assert max(len(row.ids) for row in short) == 2
+    positions = multilingual.model.config.max_target_positions
+    for limit in (None, positions, 10 * positions):
+        longest = decode(multilingual, words, waveforms, max_label_length=limit)
+        assert max(len(row.ids) for row in longest) == positions - 4  # four tokens of prefix
+        assert {row.truncated for row in longest} == {True, False}
+
+
+def test_half_precision_gives_finite_confidence(toy_teacher, waveforms):
+    whisper = load_whisper(str(toy_teacher), dtype="bfloat16", device="cpu")
+    assert whisper.model.dtype == torch.bfloat16
+    row = decode(whisper, {"language": "hi", "task": "transcribe"}, waveforms[:1])[0]
+    assert -20 < row.avg_logprob < 0
+    assert 0 < row.no_speech_prob < 1
+
+
+def test_a_multilingual_model_is_not_decoded_without_a_language(multilingual, waveforms):
+    with pytest.raises(UserError, match="needs a language and a task"):
+        decode(multilingual, {}, waveforms[:1])
+
+
+@pytest.mark.parametrize("option", [{"num_beams": 0}, {"max_label_length": 0}])
+def test_senseless_numbers_are_refused(multilingual, option):
+    with pytest.raises(UserError, match="it must be 1 or more"):
+        Decoder(multilingual, **option)
+
+
+def test_decoding_leaves_no_hook_on_the_model(multilingual, waveforms):
+    decode(multilingual, {"language": "hi", "task": "transcribe"}, waveforms[:1])
+    assert not multilingual.model._forward_hooks
+
+
+def test_compression_ratio_of_loops_and_of_nothing():
+    loop = "again and again " * 20
+    assert compression_ratio(loop) == len(loop) / len(zlib.compress(loop.encode()))
+    assert compression_ratio(loop) > 5
+    assert compression_ratio("") == 0.0
+
+
+def edited(folder, tmp_path, name, edit):
+    """A copy of a checkpoint with one of its JSON files changed."""
+    copied = shutil.copytree(folder, tmp_path / "edited")
+    values = json.loads((copied / name).read_text())
+    edit(values)
+    (copied / name).write_text(json.dumps(values))
+    return str(copied)
+
+
+def forget(values):
+    for name in ("is_multilingual", "lang_to_id", "task_to_id", "no_timestamps_token_id", "prev_sot_token_id"):
+        values.pop(name, None)
+
+
+@pytest.mark.parametrize("kind", ["toy_teacher", "toy_english_only"])
+def test_an_old_generation_config_is_completed_by_name(request, tmp_path, kind):
+    folder = request.getfixturevalue(kind)
+    whisper = load_whisper(edited(folder, tmp_path, "generation_config.json", forget), device="cpu")
+    before = load_whisper(str(folder), device="cpu").model.generation_config
+    after = whisper.model.generation_config
+    assert whisper.grammar.multilingual == (kind == "toy_teacher")
+    for name in ("is_multilingual", "no_timestamps_token_id", "prev_sot_token_id"):
+        assert getattr(after, name) == getattr(before, name)
+    if whisper.grammar.multilingual:
+        assert after.lang_to_id.items() >= before.lang_to_id.items()
+        assert after.task_to_id == before.task_to_id
+
+
+def test_a_prefix_forced_by_position_does_not_count(english_only, toy_english_only, tmp_path, waveforms):
+    def force(values):
+        values["forced_decoder_ids"] = [[1, english_only.grammar.no_timestamps]]
+
+    folder = edited(toy_english_only, tmp_path, "generation_config.json", force)
+    whisper = load_whisper(folder, device="cpu")
+    assert whisper.model.generation_config.forced_decoder_ids is None
+    assert len(decode(whisper, {}, waveforms[:1])) == 1
+
+
+def test_missing_and_wrong_checkpoints_are_refused_in_one_sentence(toy_teacher, tmp_path):
+    with pytest.raises(UserError, match=r"--teacher_model_name_or_path .*nowhere cannot be loaded"):
+        load_whisper(str(tmp_path / "nowhere"), argument="--teacher_model_name_or_path")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="is a bert model; give a Whisper checkpoint"):
+        load_whisper(str(tmp_path / "bert"))
+
+    def add_layer(values):
+        values["decoder_layers"] += 1
+
+    with pytest.raises(UserError, match=r"lacks 2\d weights, such as model.decoder.layers.4"):
+        load_whisper(edited(toy_teacher, tmp_path, "config.json", add_layer), device="cpu")
