@@ -1,0 +1,313 @@
+"""One reader of audio for every stage: Hub, folders, manifests; streamed or not, in the same units and rows."""
+
+import bisect
+import difflib
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import (
+    Audio,
+    Dataset,
+    DatasetDict,
+    DownloadMode,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    get_dataset_config_names,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets import (
+    config as datasets_config,
+)
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.cache.cache import Cache
+from httpx2 import HTTPError, TransportError
+
+from distil_whisper.errors import UserError, nearest
+from distil_whisper.manifests import (
+    MANIFEST_SUFFIXES,
+    is_audio_folder,
+    read_audio_folder,
+    read_manifest,
+    splits_of_audio_folder,
+)
+
+_ROWS_AT_ONCE = 16  # rows taken from a file together; each is unpacked on its own, recordings may be long
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
+_UNREACHABLE = (ConnectionError, TransportError)
+_UNREADABLE = (DatasetsError, OSError, ValueError, ImportError, RuntimeError, HTTPError)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a source that is read in order, by one process: an input file, or a run of rows."""
+
+    index: int
+    of: int
+    rows: int | None  # None where only reading tells
+
+
+class Source:
+    """One split of a dataset, never decoded: its rows unit by unit, the same ones whether it is streamed or not.
+
+    label names the source in row ids and messages, without a path of this machine. features describes the rows;
+    num_rows and a unit's rows are None where only reading tells. dataset is the whole as a map-style dataset, or
+    None if streaming. Can be pickled.
+    """
+
+    def __init__(self, name, config, split, data: Dataset | IterableDataset, units: list[Unit], streaming: bool):
+        self.name = name
+        self.config = config
+        self.split = split
+        self.streaming = streaming
+        self.units = units
+        self.label = f"{_basename(name)}/{config}/{split}"
+        self.features: Features = data.features
+        self._data = data
+        self._starts = list(itertools.accumulate((unit.rows or 0 for unit in units), initial=0))
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self.features)
+
+    @property
+    def num_rows(self) -> int | None:
+        return None if any(unit.rows is None for unit in self.units) else self._starts[-1]
+
+    @property
+    def dataset(self) -> Dataset | None:
+        return None if self.streaming else self._data
+
+    def rows(self, unit_index: int, columns: list[str] | None = None, start: int = 0) -> Iterator[dict]:
+        """The rows of one unit in order, from row start on; audio is {"bytes", "path"}, as it was stored.
+
+        Raises UserError for a file that cannot be read.
+        """
+        try:
+            for table in self._tables(unit_index, columns or self.column_names, start):
+                for index in range(table.num_rows):
+                    yield table.slice(index, 1).to_pylist()[0]
+        except _UNREADABLE as error:
+            raise UserError(f"unit {unit_index} of {self.label} cannot be read: {_reason(error)}") from error
+
+    def row_id(self, unit_index: int, row: int) -> str:
+        """The identity of a row, the same in every run and on every machine."""
+        return f"{self.label}/{unit_index:05d}-{row:08d}"
+
+    def locate(self, global_index: int) -> tuple[int, int]:
+        """The unit and the row in it of a row of `dataset`. Raises IndexError beyond the last row."""
+        if not 0 <= global_index < self._starts[-1]:
+            raise IndexError(f"row {global_index} of {self._starts[-1]} rows")
+        unit_index = bisect.bisect_right(self._starts, global_index) - 1
+        return unit_index, global_index - self._starts[unit_index]
+
+    def _tables(self, unit_index: int, columns: list[str], start: int):
+        if isinstance(self._data, Dataset):
+            data = self._data.with_format("arrow", columns=columns)
+            first, last = self._starts[unit_index] + start, self._starts[unit_index + 1]
+            for begin in range(first, last, _ROWS_AT_ONCE):
+                yield data[begin : min(begin + _ROWS_AT_ONCE, last)]
+            return
+        shard = self._data.shard(num_shards=len(self.units), index=unit_index).select_columns(columns)
+        # Not iter(shard): in a DataLoader's worker that would take only the worker's share of the unit.
+        for table in shard.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
+            if start < table.num_rows:
+                yield table.slice(start)
+            start = max(start - table.num_rows, 0)
+
+
+def open_source(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    *,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    num_proc: int = 1,
+    audio_column: str = "audio",
+    rows_per_unit: int = 1000,
+) -> Source:
+    """Open a split of a Hub dataset, a folder of Parquet, a save_to_disk folder, a manifest or an audio folder.
+
+    A unit is an input file where `datasets` reads the files, else rows_per_unit rows (as for a slice, train[:100]).
+    Raises UserError for a source, config, split or audio column that is not there, naming the nearest one.
+    """
+    local = _open_local(name, split, audio_column)
+    if local is not None:
+        data, lengths, config = _sliced(local, split), None, "default"
+    elif streaming:
+        builder = _builder(name, config, split, cache_dir)
+        data, lengths, config = _stream(builder, split), None, builder.config.name
+    else:
+        builder = _builder(name, config, split, cache_dir)
+        data, lengths = _prepared(builder, split, num_proc)
+        config = builder.config.name
+    if audio_column not in data.features:
+        found = nearest(audio_column, data.features)
+        raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
+    data = _undecoded(data, audio_column)
+    return Source(name, config, split, data, _units(data, lengths, rows_per_unit), streaming)
+
+
+def require_columns(source: Source, **columns: str | None) -> None:
+    """Check that columns exist, given as argument=column (None: not asked for). Raises UserError naming the first."""
+    for argument, column in columns.items():
+        if column is not None and column not in source.features:
+            allowed = nearest(column, source.column_names)
+            raise UserError(f"--{argument} {column} is not a column of {source.label} {allowed}")
+
+
+def _open_local(name: str, split: str, audio_column: str) -> Dataset | None:
+    """What is read without a builder of `datasets`, or None for what is left to one."""
+    path = Path(name)
+    if path.is_dir():
+        return _open_folder(path, split, audio_column)
+    if path.is_file():
+        if path.suffix not in MANIFEST_SUFFIXES:
+            allowed = ", ".join(MANIFEST_SUFFIXES)
+            raise UserError(f"{name} is not a manifest: the name of one ends in {allowed}")
+        return read_manifest(path, audio_column)
+    if name.startswith((".", os.sep, "~")) or name.endswith(MANIFEST_SUFFIXES) or name.count("/") > 1:
+        beside = os.listdir(path.parent) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, beside, n=1)
+        meant = f"; did you mean {path.parent / close[0]}?" if close else ""
+        raise UserError(f"there is no file or folder {name}{meant}")
+    return None
+
+
+def _open_folder(path: Path, split: str, audio_column: str) -> Dataset | None:
+    if any((path / name).is_file() for name in _SAVED):
+        return _saved(path, split)
+    if next(path.rglob("*.parquet"), None) is not None:
+        return None
+    for suffix in MANIFEST_SUFFIXES:  # such as train.tsv, test.tsv and dev.tsv of Common Voice
+        manifest = path / f"{split.partition('[')[0]}{suffix}"
+        if manifest.is_file():
+            return read_manifest(manifest, audio_column)
+    if is_audio_folder(path):
+        splits = splits_of_audio_folder(path)
+        return read_audio_folder(path, splits[_known_split(split, splits, str(path))])
+    return None
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    try:
+        saved = load_from_disk(str(path))
+    except _UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+    if isinstance(saved, DatasetDict):
+        return saved[_known_split(split, saved, str(path))]
+    _known_split(split, [str(saved.split or split.partition("[")[0])], str(path))
+    return saved
+
+
+def _known_split(split: str, splits, name: str) -> str:
+    base = split.partition("[")[0]
+    if base not in splits:
+        raise UserError(f"{name} has no split {base} {nearest(base, splits)}")
+    return base
+
+
+def _sliced(dataset: Dataset, split: str) -> Dataset:
+    """The rows that a split such as train[:100] asks for."""
+    if "[" not in split:
+        return dataset
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{split} is not a slice of a split: {_reason(error)}") from error
+    return dataset.select(range(part.from_, part.to))
+
+
+def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
+    try:
+        builder = load_dataset_builder(name, config, cache_dir=cache_dir)
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"there is no dataset {name}: no such folder, and none on the Hub that you may read"
+        ) from error
+    except _UNREACHABLE as error:
+        raise UserError(
+            f"there is no folder {name}, and the Hub cannot be reached for a dataset of that name"
+        ) from error
+    except _UNREADABLE as error:
+        raise _config_error(name, config, error) from error
+    _known_split(split, builder.config.data_files or builder.info.splits or [], name)
+    return builder
+
+
+def _config_error(name: str, config: str | None, error: Exception) -> UserError:
+    try:
+        configs = get_dataset_config_names(name)
+    except _UNREADABLE:
+        configs = []
+    if config is None and len(configs) > 1:
+        return UserError(f"{name} has several configs, and one must be named {nearest('default', configs)}")
+    if config is not None and configs and config not in configs:
+        return UserError(f"{name} has no config {config} {nearest(config, configs)}")
+    return UserError(f"{name} cannot be read as a dataset: {_reason(error)}")
+
+
+def _stream(builder, split: str) -> IterableDataset:
+    if "[" in split:
+        raise UserError(f"a slice of a split ({split}) cannot be streamed; give the whole split, or --streaming False")
+    try:
+        return builder.as_streaming_dataset(split)._resolve_features().decode(False)
+    except _UNREADABLE as error:
+        raise UserError(f"{builder.dataset_name} cannot be streamed: {_reason(error)}") from error
+
+
+def _prepared(builder, split: str, num_proc: int) -> tuple[Dataset, list[int] | None]:
+    """The split as a map-style dataset, and how many rows each of its files gave (None for a slice)."""
+    datasets_config.SAVE_ORIGINAL_SHARD_LENGTHS = True
+    try:
+        builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+        lengths = None if "[" in split else _rows_of_files(builder, split)
+        return builder.as_dataset(split), lengths
+    except _UNREADABLE as error:
+        raise UserError(f"{builder.dataset_name} cannot be read: {_reason(error)}") from error
+
+
+def _rows_of_files(builder, split: str) -> list[int]:
+    lengths = _noted_lengths(builder, split)
+    files = len(lengths) if isinstance(builder, Cache) else builder.as_streaming_dataset(split).num_shards
+    if len(lengths) != files:
+        # Another program filled the cache and did not note the lengths, or several processes passed over empty files.
+        builder.download_and_prepare(download_mode=DownloadMode.REUSE_CACHE_IF_EXISTS)
+        lengths = _noted_lengths(builder, split)
+    return lengths + [0] * (files - len(lengths))
+
+
+def _noted_lengths(builder, split: str) -> list[int]:
+    info = builder.info.splits[split]
+    return info.original_shard_lengths or [info.num_examples]  # datasets notes nothing for a single file
+
+
+def _undecoded(data: Dataset | IterableDataset, audio_column: str):
+    for name, feature in data.features.items():
+        if name == audio_column or isinstance(feature, Audio):
+            data = data.cast_column(name, Audio(decode=False))
+    return data
+
+
+def _units(data: Dataset | IterableDataset, lengths: list[int] | None, rows_per_unit: int) -> list[Unit]:
+    if isinstance(data, IterableDataset):
+        return [Unit(index, data.num_shards, None) for index in range(data.num_shards)]
+    if lengths is None:
+        lengths = [min(rows_per_unit, len(data) - first) for first in range(0, len(data), rows_per_unit)]
+    return [Unit(index, len(lengths), rows) for index, rows in enumerate(lengths)]
+
+
+def _basename(name: str) -> str:
+    path = Path(name)
+    return path.absolute().name if path.exists() else name
+
+
+def _reason(error: Exception) -> str:
+    """The first lines of an error, in one: of its cause, where `datasets` wraps it in one that says nothing."""
+    error = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
