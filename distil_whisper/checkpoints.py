@@ -6,7 +6,7 @@ all, in safetensors and JSON, and a checkpoint is itself a model that `from_pret
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from distil_whisper.errors import UserError
+from distil_whisper.models import LoadedWhisper, write_whisper
 from distil_whisper.outputs import OutputFolder
 
 STATE_FILE, OPTIMIZER_FILE, MODEL_FILE = "trainer_state.json", "optimizer.safetensors", "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STUDENT = "student."  # the student's place in the training step
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FLAT = replace(_FULL, flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -62,35 +65,30 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def save(
-        self, accelerator: Accelerator, model, optimizer, scheduler, state: TrainerState, save_student, arguments: dict
+        self, accelerator: Accelerator, student: LoadedWhisper, model, optimizer, scheduler, state: TrainerState
     ) -> None:
-        """Write a checkpoint. Every process must call it; the main one writes.
-
-        save_student(path, weights) writes the model with whatever belongs beside it.
-        """
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)
-        moments = get_optimizer_state_dict(model, optimizer, options=_flat(options))
+        """Write a checkpoint of the student and of what trains it. Every process must call it; the main one writes."""
+        weights = student_weights(model)
+        moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         if accelerator.is_main_process and self.path(state.step).name not in self._whole():
             with self.folder.new_folder(f"checkpoint-{state.step}") as path:
-                save_student(path, {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()})
+                write_whisper(path, student, weights)
                 tensors = {name: value for name, value in moments.items() if isinstance(value, torch.Tensor)}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / OPTIMIZER_FILE)
-                stored = {"state": asdict(state), "scheduler": _plain(scheduler.state_dict()), "arguments": arguments}
+                stored = {"state": asdict(state), "scheduler": _plain(scheduler.state_dict())}
                 (path / STATE_FILE).write_text(json.dumps(stored, indent=2), encoding="utf-8")
             self._rotate(state)
         accelerator.wait_for_everyone()
 
-    def load_newest(self, accelerator: Accelerator, model, optimizer, scheduler) -> TrainerState | None:
+    def load_newest(self, model, optimizer, scheduler) -> TrainerState | None:
         """Put the newest checkpoint into model, optimizer and schedule; None if there is none."""
         steps = self.steps()
         if not steps:
             return None
         path = self.path(steps[-1])
         stored = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         self._load_weights(path, model)
-        moments = get_optimizer_state_dict(model, optimizer, options=_flat(options))
+        moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         loaded = load_file(path / OPTIMIZER_FILE)
         expected = {name for name, value in moments.items() if isinstance(value, torch.Tensor)}
         if loaded.keys() != expected:
@@ -98,7 +96,7 @@ class Checkpoints:
                 f"{path} was written with other trained layers than this command trains (is --freeze_encoder the "
                 "same?); use the same arguments, another --output_dir, or --overwrite_output_dir"
             )
-        set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=_flat(options))
+        set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=_FLAT)
         scheduler.load_state_dict(stored["scheduler"])
         return TrainerState(**stored["state"])
 
@@ -109,8 +107,7 @@ class Checkpoints:
 
     def _load_weights(self, path: Path, model) -> None:
         weights = {_STUDENT + name: tensor for name, tensor in load_file(path / MODEL_FILE).items()}
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # tied weights are saved once
-        set_model_state_dict(model, weights, options=options)
+        set_model_state_dict(model, weights, options=replace(_FULL, strict=False))  # tied weights are saved once
 
     def _whole(self) -> set[str]:
         return {self.path(step).name for step in self.steps()}
@@ -126,12 +123,10 @@ class Checkpoints:
                 self.folder.remove(f"checkpoint-{step}")
 
 
-def _flat(options: StateDictOptions) -> StateDictOptions:
-    return StateDictOptions(
-        full_state_dict=options.full_state_dict,
-        cpu_offload=options.cpu_offload,
-        flatten_optimizer_state_dict=True,
-    )
+def student_weights(model) -> dict[str, torch.Tensor]:
+    """The student's weights by its own names, gathered on the CPU. Every process must call it."""
+    weights = get_model_state_dict(model, options=_FULL)
+    return {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()}
 
 
 def _plain(state: dict) -> dict:

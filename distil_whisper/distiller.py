@@ -56,8 +56,7 @@ class Distiller(nn.Module):
         waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length]. Both decoders get
         the same decoder_input_ids. Padding stands to the right, where causal attention never looks.
         """
-        with torch.autocast(waveforms.device.type, enabled=False):
-            features = self.log_mel(waveforms)
+        features = self.log_mel(waveforms)
         teacher_hidden, teacher_states = self._run_teacher(features, decoder_input_ids)
         states = teacher_states if self.shares_encoder else self._encode(features)
         student_hidden = self.student.model.decoder(

@@ -17,7 +17,6 @@ class LabelSettings:
 
     timestamp_probability: float
     condition_on_prev_probability: float
-    max_label_length: int | None
     seed: int
 
 

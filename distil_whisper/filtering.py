@@ -9,11 +9,11 @@ from multiprocessing import get_context
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
-from tqdm import tqdm
 
 from distil_whisper.examples import LabelColumns, Labeller
 from distil_whisper.metrics import Errors, word_errors
 from distil_whisper.normalisation import Normaliser
+from distil_whisper.progress import bar
 from distil_whisper.tokens import plain_text
 
 KEPT = "kept"
@@ -53,10 +53,7 @@ class RowFilter:
             return "empty transcript"
         if settings.max_label_length is not None and len(target.ids) > settings.max_label_length:
             return "label longer than --max_label_length"
-        if (
-            self.labeller.grammar.sequence(target, self.labeller.language(row, self.columns), self.columns.task)
-            is None
-        ):
+        if self.labeller.frame(row, self.columns, target) is None:
             return "label longer than the decoder's positions"
         if self.columns.pseudo and settings.wer_threshold is not None:
             rate = self.word_error_rate(row)
@@ -100,7 +97,7 @@ def worst(errors: list[Errors]) -> Errors:
     return max(errors, key=lambda pair: pair.rate)
 
 
-def keep_rows(dataset, row_filter: RowFilter, num_proc: int, progress: bool) -> tuple[np.ndarray, Counter]:
+def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray, Counter]:
     """Indices of the rows of a map-style dataset (without its audio) that are kept, and the count of each reason.
 
     Several processes are spawned, not forked: a fork after torch has started its threads can hang for ever.
@@ -108,12 +105,12 @@ def keep_rows(dataset, row_filter: RowFilter, num_proc: int, progress: bool) -> 
     spans = [(start, min(start + ROWS_PER_TASK, len(dataset))) for start in range(0, len(dataset), ROWS_PER_TASK)]
     tasks = [(dataset, row_filter, span) for span in spans]
     workers = min(num_proc, len(tasks))
-    bar = {"total": len(tasks), "desc": "filtering", "unit": f" x {ROWS_PER_TASK} rows", "disable": not progress}
+    options = {"total": len(tasks), "desc": "filtering", "unit": f" x {ROWS_PER_TASK} rows"}
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            verdicts = list(tqdm(pool.map(_verdicts, tasks), **bar))
+            verdicts = list(bar(pool.map(_verdicts, tasks), **options))
     else:
-        verdicts = list(tqdm(map(_verdicts, tasks), **bar))
+        verdicts = list(bar(map(_verdicts, tasks), **options))
     reasons = [reason for part in verdicts for reason in part]
     return np.flatnonzero([reason == KEPT for reason in reasons]), Counter(reasons)
 

@@ -148,7 +148,7 @@ class StreamBatches(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        global_batches = _batched(self.rows(), self.share.batch_size * self.share.processes)
+        global_batches = batched(self.rows(), self.share.batch_size * self.share.processes)
         for number, rows in enumerate(global_batches):
             if number < self.start or (number - self.start) % workers != mine:
                 continue
@@ -172,7 +172,7 @@ class StreamBatches(IterableDataset):
         for epoch in count():
             draw = np.random.default_rng([self.seed, index, epoch])
             seen = Counter()
-            for block in _batched(
+            for block in batched(
                 self._kept_rows(index, draw.permutation(len(self.sets[index].source.units)), seen), self.block_size
             ):
                 for position in draw.permutation(len(block)):
@@ -191,25 +191,25 @@ class StreamBatches(IterableDataset):
                     yield training_set.row_id(row, int(unit), number), row
 
 
-def map_loader(sets, order, maker, collator, share, start, num_workers) -> tuple[DataLoader, MapBatches]:
-    """An endless DataLoader over map-style datasets from a batch number on, and its sampler."""
-    sampler = MapBatches(order, share, start)
-    examples = MapExamples(sets, maker)
-    return DataLoader(examples, batch_sampler=sampler, collate_fn=collator, **_workers(num_workers)), sampler
+def map_loader(sets: list[TrainingSet], batches: MapBatches, maker, collator, num_workers: int) -> DataLoader:
+    """An endless DataLoader over map-style datasets."""
+    return DataLoader(MapExamples(sets, maker), batch_sampler=batches, collate_fn=collator, **workers(num_workers))
 
 
 def stream_loader(batches: StreamBatches, num_workers: int) -> DataLoader:
     """An endless DataLoader over a streamed mixture."""
-    return DataLoader(batches, batch_size=None, **_workers(num_workers))
+    return DataLoader(batches, batch_size=None, **workers(num_workers))
 
 
-def _workers(num_workers: int) -> dict:
+def workers(num_workers: int) -> dict:
+    """DataLoader arguments for that many workers."""
     # Spawned: a forked worker inherits locks of torch's and fsspec's threads, and can hang for ever.
     return {"num_workers": num_workers, "multiprocessing_context": "spawn" if num_workers else None}
 
 
-def _batched(rows: Iterator, size: int) -> Iterator[tuple]:
-    while batch := tuple(islice(rows, size)):  # itertools.batched came with Python 3.12
+def batched(rows: Iterator, size: int) -> Iterator[tuple]:
+    """Runs of so many rows; the last may be shorter. (itertools.batched came with Python 3.12.)"""
+    while batch := tuple(islice(rows, size)):
         yield batch
 
 

@@ -1,6 +1,9 @@
 """Whisper checkpoints, loaded for inference with all that decoding needs."""
 
+import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
@@ -9,10 +12,21 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from distil_whisper.arguments import attention
 from distil_whisper.audio import Window
 from distil_whisper.errors import UserError
+from distil_whisper.outputs import RECORDS, OutputFolder
 from distil_whisper.tokens import Grammar
 
 ENGLISH_ONLY_VOCABULARY = (
     51_864  # openai/whisper tells its English-only models by this size; multilingual ones have more
+)
+
+MODEL_FILES = (  # what a saved checkpoint is made of; config.json comes last, and makes it loadable
+    "README.md",
+    "model.safetensors",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "config.json",
 )
 
 
@@ -99,6 +113,32 @@ def complete_generation_config(model: WhisperForConditionalGeneration, grammar: 
     for name, value in found.items():
         if getattr(generation_config, name, None) is None:
             setattr(generation_config, name, value)
+
+
+def write_whisper(path: Path, whisper: LoadedWhisper, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a checkpoint into a folder, with the weights that are given, else those of the model."""
+    if weights is not None and whisper.model.config.tie_word_embeddings:
+        weights = {name: tensor for name, tensor in weights.items() if name != "proj_out.weight"}
+    whisper.model.save_pretrained(path, state_dict=weights, max_shard_size="1TB")
+    whisper.tokenizer.save_pretrained(path)
+    whisper.feature_extractor.save_pretrained(path)
+
+
+def save_whisper(
+    folder: OutputFolder,
+    whisper: LoadedWhisper,
+    weights: dict[str, torch.Tensor] | None = None,
+    card: str | None = None,
+) -> None:
+    """Save a checkpoint among the other files of an output folder: written beside, then moved, config.json last."""
+    with tempfile.TemporaryDirectory(dir=folder / RECORDS) as beside:
+        write_whisper(Path(beside), whisper, weights)
+        if card is not None:
+            (Path(beside) / "README.md").write_text(card, encoding="utf-8")
+        names = sorted(os.listdir(beside), key=lambda name: name == "config.json")
+        folder.claim(*names)
+        for name in names:
+            os.replace(Path(beside) / name, folder / name)
 
 
 def _load(kind: type, name: str, argument: str, **options):

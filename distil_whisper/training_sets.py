@@ -1,0 +1,102 @@
+"""The datasets of a training run: where their labels stand, and which of their rows are used."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from distil_whisper.errors import UserError
+from distil_whisper.examples import LabelColumns, Labeller
+from distil_whisper.filtering import FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.mixing import TrainingSet
+from distil_whisper.models import LoadedWhisper
+from distil_whisper.normalisation import normaliser
+from distil_whisper.reading import Source, require_columns
+from distil_whisper.sources import SourceFlags, columns_of, open_sources
+from distil_whisper.tokens import language_and_task
+
+PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
+
+
+def language_columns(args, student: LoadedWhisper) -> LabelColumns:
+    """What decides a row's language and task: the flags, then the row, then the student's generation config."""
+    language, task = language_and_task(args.language, args.task, student.grammar, None)
+    default_language, default_task = language_and_task(None, None, student.grammar, student.model.generation_config)
+    return LabelColumns(None, False, language, task if args.task else None, default_language, default_task)
+
+
+def require_language(student: LoadedWhisper, source: Source, columns: LabelColumns) -> None:
+    """Raise UserError for a multilingual model where nothing names the language."""
+    known = columns.language or columns.default_language or "language" in source.column_names
+    if student.grammar.multilingual and not known:
+        raise UserError(f"--language is missing: the model is multilingual, and {source.label} names no language")
+
+
+def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[LabelColumns]:
+    """Where the labels of each training dataset stand."""
+    result = []
+    texts = columns_of(args, "train", sources, "text_column_name")
+    for source, text in zip(sources, texts, strict=True):
+        labelled = any(name in source.column_names for name in PSEUDO_COLUMNS)
+        pseudo = labelled if args.use_pseudo_labels is None else args.use_pseudo_labels
+        if pseudo and not labelled:
+            require_columns(source, use_pseudo_labels=PSEUDO_COLUMNS[0])
+        if text is None and ("text" in source.column_names or not pseudo):
+            text = "text"
+            require_columns(source, text_column_name=text)
+        if text is None and args.wer_threshold is not None:
+            raise UserError(
+                f"--wer_threshold compares pseudo-labels with transcripts, and {source.label} has no column text; "
+                "name theirs with --text_column_name"
+            )
+        columns = replace(language_columns(args, student), text=text, pseudo=pseudo)
+        require_language(student, source, columns)
+        result.append(columns)
+    return result
+
+
+def open_training_sets(
+    args, student: LoadedWhisper, labeller: Labeller, say: Callable[[str], None]
+) -> list[TrainingSet]:
+    """The training datasets with their filters. Of map-style ones the rows are filtered now, and a table says why rows
+    were left out; streamed ones are filtered as they come. Raises UserError where no row is left."""
+    sources = open_sources(args, "train")
+    settings = FilterSettings(
+        args.wer_threshold, args.max_label_length, student.window.seconds, args.drop_truncated, args.drop_empty
+    )
+    sets, counts = [], []
+    for source, columns in zip(sources, label_columns(args, student, sources), strict=True):
+        labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
+        say(f"{source.label}: training on the {labels}")
+        language = columns.language or columns.default_language
+        row_filter = RowFilter(labeller, columns, normaliser(args.normalizer, language, student.tokenizer), settings)
+        sets.append(TrainingSet(source, columns, row_filter))
+        if not args.streaming:
+            rows = source.dataset.remove_columns(args.audio_column_name)
+            rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
+            sets[-1].kept, reasons = keep_rows(rows, row_filter, args.preprocessing_num_workers)
+            counts.append((source.label, reasons))
+            if not len(sets[-1].kept):
+                raise UserError(f"no row of {source.label} is left to train on: {table(counts[-1:])}")
+    if counts:
+        say(table(counts))
+    return sets
+
+
+def sampling_weights(args, sets: list[TrainingSet]) -> list[float] | None:
+    """The numbers of --train_dataset_samples, None without. Raises UserError for what is no positive number."""
+    if args.train_dataset_samples is None:
+        return None
+    parts = SourceFlags.of(args, "train").spread("--train_dataset_samples", args.train_dataset_samples)
+    weights = [_number(part) for part in parts]
+    if any(not (weight > 0 and math.isfinite(weight)) for weight in weights):
+        raise UserError(
+            f"--train_dataset_samples is {args.train_dataset_samples}; it must be positive numbers separated by +"
+        )
+    return weights
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan

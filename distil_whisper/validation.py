@@ -1,0 +1,151 @@
+"""Validation while training: the loss on held-out data and, with generation, its word error rate."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from distil_whisper.decoding import Decoder
+from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns
+from distil_whisper.losses import LossWeights
+from distil_whisper.metrics import score
+from distil_whisper.mixing import Share, batched, workers
+from distil_whisper.normalisation import Normaliser
+from distil_whisper.progress import bar
+from distil_whisper.reading import Source
+from distil_whisper.tokens import plain_text
+
+SHOWN = 50  # predictions that trackers with tables are given
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """One held-out dataset: its transcripts are what the student is measured against."""
+
+    name: str
+    source: Source
+    columns: LabelColumns
+
+
+@dataclass
+class Validation:
+    """What a validation found: figures by name, and per dataset some rows of id, reference and prediction."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, list[list[str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class ValidationBatches(IterableDataset):
+    """The batches of a held-out dataset for one process, in order: every process has as many as every other."""
+
+    def __init__(self, held_out: ValidationSet, maker: ExampleMaker, collator: Collator, share: Share):
+        self.held_out = held_out
+        self.maker = maker
+        self.collator = collator
+        self.share = share
+
+    def __iter__(self) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
+        info = get_worker_info()
+        count, mine = (info.num_workers, info.id) if info else (1, 0)
+        size = self.share.batch_size * self.share.processes
+        for number, rows in enumerate(batched(self._rows(), size)):
+            if number % count == mine:
+                yield self._batch(*self.share.of(list(rows)))
+
+    def _rows(self) -> Iterator[tuple[str, dict]]:
+        source = self.held_out.source
+        for unit in range(len(source.units)):
+            for number, row in enumerate(source.rows(unit)):
+                yield source.row_id(unit, number), row
+
+    def _batch(self, rows: list[tuple[str, dict]], counts: bool) -> tuple[Batch, list[tuple[str, str]]]:
+        """A batch, and (row id, reference) of each of its examples."""
+        columns = self.held_out.columns
+        examples = [self.maker(row, columns, row_id, 0) if counts else Example(row_id) for row_id, row in rows]
+        texts = {row_id: row[columns.text] or "" for row_id, row in rows}
+        good = [example.row_id for example in examples if example.sequence is not None]
+        return self.collator(examples), [(row_id, texts[row_id]) for row_id in good]
+
+
+class Validator:
+    """Measures a student on held-out datasets. Rows that cannot be used (unreadable, longer than the window) are
+    counted and left out; no set is filtered by the length of its labels."""
+
+    def __init__(
+        self,
+        sets: list[ValidationSet],
+        accelerator: Accelerator,
+        maker: ExampleMaker,
+        collator: Collator,
+        batch_size: int,
+        num_workers: int,
+        decoder: Decoder | None,
+        normaliser: Normaliser,
+    ):
+        self.sets = sets
+        self.accelerator = accelerator
+        self.maker = maker
+        self.collator = collator
+        self.share = Share(accelerator.process_index, accelerator.num_processes, batch_size)
+        self.num_workers = num_workers
+        self.decoder = decoder
+        self.normaliser = normaliser
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module, weights: LossWeights) -> Validation:
+        """Figures of every set as `eval/<name>/...`, and their means `eval/wer` and `eval/loss`."""
+        model.eval()
+        result = Validation()
+        for held_out in self.sets:
+            self._measure(held_out, model, weights, result)
+        for figure in ("wer", "loss"):
+            found = [
+                result.values[f"eval/{s.name}/{figure}"]
+                for s in self.sets
+                if f"eval/{s.name}/{figure}" in result.values
+            ]
+            if found:
+                result.values[f"eval/{figure}"] = sum(found) / len(found)
+        model.train()
+        return result
+
+    def _measure(self, held_out, model, weights, result: Validation) -> None:
+        loader = DataLoader(
+            ValidationBatches(held_out, self.maker, self.collator, self.share),
+            batch_size=None,
+            **workers(self.num_workers),
+        )
+        sums = torch.zeros(3, dtype=torch.float64)
+        problems, spoken = [], []
+        for batch, references in bar(loader, desc=f"evaluating {held_out.name}", unit="batch", leave=False):
+            losses = model(**batch.inputs(self.accelerator.device))
+            sums += torch.stack([losses[name].detach().double().cpu() for name in ("ce", "kl", "tokens")])
+            problems += batch.problems
+            if self.decoder is not None and references:
+                with self.accelerator.autocast():
+                    columns = held_out.columns
+                    language = columns.language or columns.default_language
+                    decoded = self.decoder(batch.waveforms, language, columns.task or columns.default_task)
+                texts = [plain_text(self.decoder.grammar.decode(row.ids)) for row in decoded]
+                spoken += [(*reference, text) for reference, text in zip(references, texts, strict=True)]
+        self._record(held_out.name, sums, gather_object(problems), gather_object(spoken), weights, result)
+
+    def _record(self, name, sums, problems, spoken, weights, result: Validation) -> None:
+        ce, kl, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        tokens = max(tokens, 1)
+        loss = (weights.ce * ce + weights.kl * weights.temperature**2 * kl) / tokens
+        result.values |= {f"eval/{name}/loss": loss, f"eval/{name}/ce": ce / tokens, f"eval/{name}/kl": kl / tokens}
+        if problems:
+            row_id, reason = problems[0]
+            result.notes.append(f"{name}: {len(problems)} rows left out of the evaluation, such as {row_id}: {reason}")
+        if spoken:
+            spoken.sort()
+            scores = score([row[2] for row in spoken], [row[1] for row in spoken], self.normaliser)
+            result.values |= {
+                f"eval/{name}/{figure}": scores[figure] for figure in ("wer", "cer", "wer_ortho", "cer_ortho")
+            }
+            result.tables[name] = [list(row) for row in spoken[:SHOWN]]

@@ -1,0 +1,507 @@
+"""Train a student on pseudo-labels or transcripts, with its teacher's predictions (KL) or without: stage 3.
+
+accelerate launch run_distillation.py --model_name_or_path ./distil-large-v2-init \
+    --teacher_model_name_or_path openai/whisper-large-v2 --train_dataset_name ./common_voice_hi_pseudo_labelled \
+    --train_dataset_config_name hi --text_column_name sentence --wer_threshold 10 --freeze_encoder \
+    --dtype bfloat16 --max_steps 5000 --output_dir ./distil-large-v2-hi --do_train --do_eval --predict_with_generate
+
+Killed and started again with the same command, it goes on from its last checkpoint.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tqdm import tqdm
+from transformers import SchedulerType, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from distil_whisper import hub
+from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse, split_plus
+from distil_whisper.audio import LogMel
+from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
+from distil_whisper.decoding import Decoder
+from distil_whisper.distiller import Distiller
+from distil_whisper.errors import UserError, exit_on_user_error
+from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
+from distil_whisper.losses import LossWeights
+from distil_whisper.meters import Meter
+from distil_whisper.mixing import EpochOrder, MapBatches, Share, StreamBatches, TrainingSet, map_loader, stream_loader
+from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save_whisper
+from distil_whisper.normalisation import normaliser
+from distil_whisper.outputs import OutputFolder, public_arguments
+from distil_whisper.progress import bar, quiet_libraries
+from distil_whisper.sources import columns_of, open_sources
+from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
+from distil_whisper.training_sets import language_columns, open_training_sets, require_language, sampling_weights
+from distil_whisper.validation import ValidationSet, Validator
+
+STAGE = "run_distillation"
+PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass
+class Arguments(ModelFields, DataFields, RunFields):
+    """What is trained, on what, and how."""
+
+    model_name_or_path: str = option("", "The student to train: a folder or a name on the Hub.")
+    teacher_model_name_or_path: str | None = option(
+        None, "The teacher whose predictions the student learns. Needed unless --kl_weight is 0."
+    )
+    train_dataset_name: str | None = option(None, "Training datasets, separated by +: names on the Hub, or folders.")
+    train_dataset_config_name: str | None = option(None, "Their configurations, separated by +.")
+    train_split_name: str = option("train", "Their splits, separated by +.")
+    train_dataset_samples: str | None = option(
+        None, "Sampling weights of the training datasets, separated by +, such as their hours. Default: see README."
+    )
+    text_column_name: str | None = option(
+        None, "Columns that hold the transcripts, separated by +. Default: text, where there is one."
+    )
+    eval_dataset_name: str | None = option(None, "Evaluation datasets, separated by +. Default: the training ones.")
+    eval_dataset_config_name: str | None = option(None, "Their configurations. Default: those of training.")
+    eval_split_name: str = option("validation", "Their splits, separated by +.")
+    eval_text_column_name: str = option("text", "Columns that hold their transcripts, separated by +.")
+    max_train_samples: int | None = option(None, "Use only so many rows of each training dataset (map-style).")
+    use_pseudo_labels: bool | None = option(
+        None,
+        "Train on whisper_transcript (True) or on the transcripts (False). Default: on pseudo-labels where there are.",
+        nargs="?",
+        const=True,
+    )
+    wer_threshold: float | None = option(
+        None, "Leave out rows whose pseudo-label differs from the transcript by more than this WER, in percent."
+    )
+    drop_truncated: bool = option(True, "Leave out pseudo-labels that the teacher did not come to the end of.")
+    drop_empty: bool = option(True, "Leave out rows with an empty label.")
+    max_label_length: int | None = option(None, "Leave out rows with longer labels, in tokens.")
+    timestamp_probability: float = option(0.2, "Share of the samples that keep the timestamps of their labels.")
+    condition_on_prev_probability: float = option(0.1, "Share of the samples that are given the previous text.")
+    normalizer: str | None = option(
+        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
+    )
+    shuffle_buffer_size: int = option(1000, "Rows that are shuffled together in streaming mode.")
+
+    do_train: bool = option(False, "Train.")
+    do_eval: bool = option(False, "Evaluate every --eval_steps and at the end.")
+    predict_with_generate: bool = option(False, "Measure the WER when evaluating, not the loss alone.")
+    generation_max_length: int | None = option(
+        None, "The most tokens of a prediction. Default: as the decoder allows."
+    )
+    generation_num_beams: int = option(1, "Beams when evaluating.")
+
+    kl_weight: float = option(1.0, "Weight of the KL divergence from the teacher; 0 needs no teacher.")
+    temperature: float = option(2.0, "Temperature of both softmaxes in the KL divergence.")
+    freeze_encoder: bool = option(
+        False, "Do not train the encoder. One that equals the teacher's then runs once for both."
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    per_device_train_batch_size: int = option(8, "Samples of a process in a batch.")
+    per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.")
+    gradient_accumulation_steps: int = option(1, "Batches to an optimizer step.")
+    max_steps: int = option(-1, "Optimizer steps. Default: as --num_train_epochs says.")
+    num_train_epochs: float = option(3.0, "Passes over the training data, where --max_steps is not given.")
+    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
+    lr_scheduler_type: str = option(
+        "linear",
+        "Learning rate schedule, such as linear or constant_with_warmup.",
+        choices=[t.value for t in SchedulerType],
+    )
+    warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.")
+    weight_decay: float = option(0.0, "Weight decay of matrices (not of biases and layer norms).")
+    adam_beta1: float = option(0.9, "First beta of AdamW.")
+    adam_beta2: float = option(0.999, "Second beta of AdamW.")
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
+    logging_steps: int = option(25, "Steps between two lines of metrics.")
+    eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.")
+    save_steps: int = option(500, "Steps between two checkpoints.")
+    save_total_limit: int | None = option(None, "Keep so many checkpoints, and the best one. Default: all.")
+    load_best_model_at_end: bool = option(False, "Save the best checkpoint as the trained model, not the last one.")
+
+
+@dataclass
+class Training:
+    """What the training loop works with."""
+
+    args: Arguments
+    accelerator: Accelerator
+    model: torch.nn.Module  # the Distiller, wrapped for the devices
+    optimizer: torch.optim.Optimizer
+    student: LoadedWhisper
+    collator: Collator
+    weights: LossWeights
+    checkpoints: Checkpoints
+    validator: Validator | None
+    state: TrainerState = field(default_factory=TrainerState)
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    trackers: Trackers | None = None
+
+    @property
+    def raw_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer below accelerate's wrapper."""
+        return self.optimizer.optimizer
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """Read the command line. Raises UserError for what it lacks or contradicts."""
+    args = parse(Arguments, argv, description=__doc__)
+    if not args.model_name_or_path:
+        raise UserError("--model_name_or_path is missing; name the student to train")
+    if not (args.do_train or args.do_eval):
+        raise UserError("there is nothing to do; give --do_train, --do_eval or both")
+    if not args.train_dataset_name and (args.do_train or not args.eval_dataset_name):
+        raise UserError("--train_dataset_name is missing; name the data to train on")
+    if not args.eval_dataset_name:
+        args.eval_dataset_name, args.eval_dataset_config_name = args.train_dataset_name, args.train_dataset_config_name
+    if args.kl_weight and args.do_train and not args.teacher_model_name_or_path:
+        raise UserError(
+            "--teacher_model_name_or_path is missing; name the teacher, or give --kl_weight 0 to train without one"
+        )
+    if args.do_train and args.streaming and args.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps, because the length of an epoch is not known")
+    check_numbers(args)
+    return args
+
+
+def check_numbers(args: Arguments) -> None:
+    """Raise UserError for numbers outside of their range."""
+    positive = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+    for name in [*positive, "logging_steps", "save_steps", "shuffle_buffer_size"]:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    for name in ("timestamp_probability", "condition_on_prev_probability"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be between 0 and 1")
+
+
+def make_accelerator(args: Arguments) -> Accelerator:
+    """accelerate with our compute type, trackers and timeout."""
+    return Accelerator(
+        mixed_precision=PRECISION[args.dtype],
+        log_with=resolve_report_to(args.report_to),
+        project_config=project_configuration(args.output_dir),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+
+
+def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhisper, LoadedWhisper | None]:
+    """The student in float32 and the teacher, if there is one, in the compute type. Raises UserError if they differ in
+    what they must share: window, mel bins and vocabulary."""
+    device = accelerator.device
+    student = load_whisper(args.model_name_or_path, attn_type=args.attn_type, cache_dir=args.cache_dir, device=device)
+    if args.gradient_checkpointing:
+        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not args.kl_weight or args.teacher_model_name_or_path is None:
+        return student, None
+    teacher = load_whisper(
+        args.teacher_model_name_or_path,
+        dtype=args.dtype,
+        attn_type=args.attn_type,
+        cache_dir=args.cache_dir,
+        device=device,
+        argument="--teacher_model_name_or_path",
+    )
+    for what, ours, theirs in (
+        ("window", student.window, teacher.window),
+        ("tokenizer", student.grammar.fingerprint, teacher.grammar.fingerprint),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"student and teacher have different {what}s ({ours}, {theirs}), so the student cannot learn the "
+                "teacher's predictions; make the student from this teacher with create_student_model.py"
+            )
+    return student, teacher
+
+
+class TrainingData:
+    """The training mixture: how long an epoch of it is, and its batches from any point on."""
+
+    def __init__(self, args: Arguments, sets: list[TrainingSet], maker: ExampleMaker, run: "Training"):
+        self.args, self.sets, self.maker, self.collator = args, sets, maker, run.collator
+        self.weights = sampling_weights(args, sets)
+        accelerator = run.accelerator
+        self.share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
+        self.order = EpochOrder([len(s.kept) for s in sets], self.weights, args.seed)
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Global batches in a pass over the data; None when streaming."""
+        return None if self.args.streaming else MapBatches(self.order, self.share).per_epoch
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """This process's batches, from a batch number on, without end."""
+        args, workers = self.args, self.args.dataloader_num_workers
+        if args.streaming:
+            stream = StreamBatches(
+                self.sets,
+                self.weights,
+                self.maker,
+                self.collator,
+                self.share,
+                args.seed,
+                args.shuffle_buffer_size,
+                start,
+            )
+            return iter(stream_loader(stream, workers))
+        return iter(
+            map_loader(self.sets, MapBatches(self.order, self.share, start), self.maker, self.collator, workers)
+        )
+
+
+def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Accelerator, collator: Collator) -> Validator:
+    """What measures the student on the evaluation datasets."""
+    sources = open_sources(args, "eval")
+    spoken = language_columns(args, student)
+    sets = []
+    for source, text in zip(sources, columns_of(args, "eval", sources, "eval_text_column_name"), strict=True):
+        require_language(student, source, spoken)
+        sets.append(ValidationSet(source.label, source, replace(spoken, text=text)))
+    decoder = (
+        Decoder(student, num_beams=args.generation_num_beams, max_label_length=args.generation_max_length)
+        if args.predict_with_generate
+        else None
+    )
+    labeller = Labeller(student.grammar, LabelSettings(0.0, 0.0, args.seed))
+    return Validator(
+        sets,
+        accelerator,
+        ExampleMaker(labeller, student.window, args.audio_column_name),
+        collator,
+        args.per_device_eval_batch_size,
+        args.dataloader_num_workers,
+        decoder,
+        normaliser(args.normalizer, spoken.language or spoken.default_language, student.tokenizer),
+    )
+
+
+def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW over what is trained; only matrices decay."""
+    decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], [r"bias$"]))
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if name in decaying], "weight_decay": args.weight_decay},
+        {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
+    ]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+
+
+def train(run: Training, data: TrainingData, max_steps: int) -> dict[str, float]:
+    """The training loop: optimizer steps, and between them metrics, evaluations and checkpoints.
+
+    Returns the figures of the last evaluation.
+    """
+    args, state, figures = run.args, run.state, {}
+    batches = data.batches(state.step * args.gradient_accumulation_steps)
+    meter = Meter(run.accelerator, run.weights)
+    progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
+    while state.step < max_steps:
+        group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+        meter.add(group, *optimizer_step(run, group))
+        state.step += 1
+        progress.update()
+        last = state.step == max_steps
+        if state.step % args.logging_steps == 0 or last:
+            log(run, meter, data.batches_per_epoch)
+        if run.validator is not None and (last or (args.eval_steps and state.step % args.eval_steps == 0)):
+            figures = evaluate(run)
+        if last or state.step % args.save_steps == 0:
+            save_checkpoint(run)
+    progress.close()
+    return figures
+
+
+def log(run: Training, meter: Meter, batches_per_epoch: int | None) -> None:
+    """Write the metrics of the last steps to the trackers, and the first of them to the terminal."""
+    values = meter.read()
+    values["train/learning_rate"] = run.scheduler.get_last_lr()[0]
+    if batches_per_epoch:
+        values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / batches_per_epoch
+    run.trackers.log(values, run.state.step)
+    say(run, f"step {run.state.step}: " + ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items()))
+
+
+def say(run: Training, line: str) -> None:
+    """A line on the main process, above the progress bar."""
+    if run.accelerator.is_main_process:
+        tqdm.write(line)
+
+
+def optimizer_step(run: Training, group: list[Batch]) -> tuple[torch.Tensor, float]:
+    """One update from the batches of an accumulation group: the sums of ce, kl and tokens, and the gradient norm.
+
+    The loss is the mean over the valid tokens of all processes and batches. Dropout and the like are drawn from the
+    seed, the step and the rank, so a resumed run draws the same.
+    """
+    accelerator, model = run.accelerator, run.model
+    torch.manual_seed(hash((run.args.seed, run.state.step, accelerator.process_index)) & 0x7FFFFFFF)
+    tokens = accelerator.reduce(torch.tensor(sum(b.tokens for b in group), device=accelerator.device), "sum")
+    sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+    for position, batch in enumerate(group):
+        with nullcontext() if position + 1 == len(group) else accelerator.no_sync(model):
+            losses = model(**batch.inputs(accelerator.device))
+            # Wrappers average gradients over the processes; the sum over all of them is what is divided by all tokens.
+            accelerator.backward(losses["loss"] * accelerator.num_processes / tokens.clamp(min=1))
+        sums += torch.stack([losses[name].detach().double() for name in ("ce", "kl", "tokens")])
+        for row_id, reason in batch.problems:
+            tqdm.write(f"skipped {row_id}: {reason}")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(trained, run.args.max_grad_norm)
+    run.optimizer.step()
+    run.scheduler.step()
+    run.optimizer.zero_grad()
+    return sums, norm
+
+
+def evaluate(run: Training) -> dict[str, float]:
+    """Validate, log what was found, and take note if it is the best so far."""
+    found = run.validator(run.model, run.weights)
+    run.trackers.log(found.values, run.state.step)
+    for name, rows in found.tables.items():
+        run.trackers.log_table(f"eval/{name}", ["id", "reference", "prediction"], rows, run.state.step)
+    for note in found.notes:
+        say(run, note)
+    say(run, f"step {run.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.values.items()))
+    figure = found.values.get("eval/wer", found.values.get("eval/loss"))
+    if figure is not None and run.args.do_train and run.state.improves(figure) and run.args.load_best_model_at_end:
+        save_checkpoint(run)
+    return found.values
+
+
+def save_checkpoint(run: Training) -> None:
+    """A checkpoint of where training stands; every process takes part."""
+    run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
+
+
+def export(run: Training, folder: OutputFolder, repo: str | None, figures: dict[str, float]) -> None:
+    """Save the trained student with its card into the output folder, and push it."""
+    args = run.args
+    if args.load_best_model_at_end:
+        run.checkpoints.load_best(run.state, run.model)
+    weights = student_weights(run.model)
+    if run.accelerator.is_main_process:
+        card = hub.model_card(
+            name=repo or str(folder.path),
+            teacher=args.teacher_model_name_or_path or args.model_name_or_path,
+            description=describe(args),
+            arguments=public_arguments(args),
+            datasets=[name for name in split_plus(args.train_dataset_name) if name],
+            languages=[args.language] if args.language else [],
+            results=results(run, figures),
+            facts={"Optimizer steps": run.state.step, "Parameters": f"{run.student.model.num_parameters():,}"},
+        )
+        save_whisper(folder, run.student, weights, card)
+        if repo:
+            names = [name for name in folder.record["files"] if not name.startswith("checkpoint-")]
+            print(f"pushed to {hub.push_folder(folder.path, repo, names, message='Trained student')}")
+        print(f"saved in {folder.path}")
+    run.accelerator.wait_for_everyone()
+
+
+def publish_to(args: Arguments, accelerator: Accelerator) -> str | None:
+    """The repository that the student is pushed to, made before the work so that a refusal comes before it."""
+    if not (args.push_to_hub and accelerator.is_main_process):
+        return None
+    return hub.resolve_repo(args.output_dir, args.hub_model_id, private=args.hub_private_repo)
+
+
+def describe(args: Arguments) -> str:
+    """What was done, in a sentence for the card."""
+    if not args.kl_weight:
+        return "A Whisper trained with cross-entropy, without the predictions of a teacher."
+    return "A Whisper student distilled from its teacher with cross-entropy and KL divergence (arXiv 2311.00430)."
+
+
+def results(run: Training, figures: dict[str, float]) -> list[hub.Result]:
+    """The last validation as results of the card."""
+    return [
+        hub.Result(
+            held_out.source.name,
+            held_out.source.split,
+            {name: figures[f"eval/{held_out.name}/{name}"] for name in ("wer", "cer")},
+            held_out.source.config,
+        )
+        for held_out in (run.validator.sets if run.validator else [])
+        if f"eval/{held_out.name}/wer" in figures
+    ]
+
+
+def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Training:
+    """Load the models, wrap them for the devices, open what they are measured on."""
+    student, teacher = load_models(args, accelerator)
+    weights = LossWeights(kl=args.kl_weight if teacher else 0.0, temperature=args.temperature)
+    log_mel = LogMel(student.feature_extractor).to(accelerator.device)
+    distiller = Distiller(student.model, log_mel, weights, teacher.model if teacher else None, args.freeze_encoder)
+    if distiller.shares_encoder:
+        accelerator.print("the frozen encoder equals the teacher's: it runs once for both")
+    model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
+    collator = Collator(student.window, student.grammar.end)
+    validator = make_validator(args, student, accelerator, collator) if args.do_eval else None
+    checkpoints = Checkpoints(folder, args.save_total_limit, args.load_best_model_at_end)
+    return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator)
+
+
+def go_on(run: Training, max_steps: int) -> None:
+    """Make the schedule, and put back what the last checkpoint holds, if there is one."""
+    args = run.args
+    run.scheduler = get_scheduler(args.lr_scheduler_type, run.raw_optimizer, args.warmup_steps, max_steps)
+    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler)
+    if resumed is not None:
+        run.state = resumed
+        run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
+
+
+def steps_to_train(args: Arguments, batches_per_epoch: int | None) -> int:
+    """Optimizer steps: --max_steps, else what --num_train_epochs comes to."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(batches_per_epoch * args.num_train_epochs / args.gradient_accumulation_steps)
+
+
+def open_trackers(run: Training, folder: OutputFolder) -> Trackers:
+    """The trackers of this run; after a resume they go on behind its step."""
+    args, step = run.args, run.state.step
+    arguments = public_arguments(args)
+    return Trackers(run.accelerator, folder, args.wandb_project, args.wandb_name, arguments, step or None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    quiet_libraries()
+    accelerator = make_accelerator(args)
+    with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
+        if args.do_train:
+            folder.claim(*MODEL_FILES)
+        repo = publish_to(args, accelerator)
+        run = begin(args, accelerator, folder)
+        if args.do_train:
+            train_and_save(run, folder, repo)
+        else:
+            run.trackers = open_trackers(run, folder)
+            evaluate(run)
+        run.trackers.finish()
+
+
+def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> None:
+    """Train from where the last checkpoint stands to the end, and save the student."""
+    args, student = run.args, run.student
+    settings = LabelSettings(args.timestamp_probability, args.condition_on_prev_probability, args.seed)
+    labeller = Labeller(student.grammar, settings)
+    sets = open_training_sets(args, student, labeller, run.accelerator.print)
+    data = TrainingData(args, sets, ExampleMaker(labeller, student.window, args.audio_column_name), run)
+    max_steps = steps_to_train(args, data.batches_per_epoch)
+    go_on(run, max_steps)
+    run.trackers = open_trackers(run, folder)
+    figures = train(run, data, max_steps)
+    export(run, folder, repo, figures)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
