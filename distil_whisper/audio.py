@@ -149,11 +149,18 @@ def stack(waveforms: list[np.ndarray], window: Window) -> torch.Tensor:
     return batch
 
 
+class _Forward(soundfile.SoundFile):
+    """A file read once, from its start: soundfile's seeking fails where a header has no length (FLAC from a pipe)."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 @contextmanager
 def _opened(audio: Audio) -> Iterator[soundfile.SoundFile]:
     source = _file_of(audio)
     try:
-        file = soundfile.SoundFile(source)
+        file = _Forward(source)
     except soundfile.LibsndfileError as error:
         raise _unreadable(error) from error
     except TypeError as error:  # soundfile asks for the format of a name that ends in .raw

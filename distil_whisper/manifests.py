@@ -1,6 +1,7 @@
 """Manifests and audio folders: files of one's own as a map-style dataset whose audio column holds absolute paths."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -133,7 +134,7 @@ def _broken(path: Path, error: json.JSONDecodeError, line: int | None = None):
 def _csv_rows(text: str, path: Path) -> list[dict]:
     # Tab-separated files such as Common Voice's do not quote, and their transcripts may begin with a quotation mark.
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True, **dialect))
+    rows = list(csv.DictReader(io.StringIO(text), strict=True, **dialect))
     for index, row in enumerate(rows):
         if None in row or None in row.values():
             raise UserError(f"row {index} of {path} has not as many cells as the first line has names")

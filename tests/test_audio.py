@@ -1,0 +1,196 @@
+"""Decoding of every kind of file, the window of a model, and log-mel equal to transformers'."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import WhisperConfig, WhisperFeatureExtractor
+
+from distil_whisper.audio import AudioError, LogMel, Window, decode, duration, encode_flac, stack
+from distil_whisper.errors import UserError
+
+RATE = 16_000
+SECONDS = 0.75
+
+
+def tone(rate: int, seconds: float = SECONDS) -> np.ndarray:
+    """440 Hz at 0.4, faded in and out so that resampling has no edge to ring at."""
+    times = np.arange(round(rate * seconds)) / rate
+    return (0.4 * np.sin(2 * np.pi * 440 * times) * np.sin(np.pi * times / seconds)).astype(np.float32)
+
+
+def encoded(samples: np.ndarray, rate: int, format: str = "WAV", subtype: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+# The last column is how far, in root mean square, the result may be from the tone.
+KINDS = [
+    ("WAV", "PCM_U8", 8_000, 1, 6e-3),
+    ("WAV", "PCM_16", 16_000, 1, 2e-5),
+    ("WAV", "PCM_16", 44_100, 2, 1e-4),
+    ("WAV", "PCM_24", 96_000, 6, 1e-4),
+    ("WAV", "PCM_32", 22_050, 3, 1e-4),
+    ("WAV", "FLOAT", 48_000, 2, 1e-4),
+    ("WAV", "DOUBLE", 11_025, 1, 1e-4),
+    ("FLAC", "PCM_S8", 16_000, 1, 3e-3),
+    ("FLAC", "PCM_16", 32_000, 4, 1e-4),
+    ("FLAC", "PCM_24", 88_200, 2, 1e-4),
+    ("OGG", "VORBIS", 44_100, 2, 5e-3),
+    ("OGG", "OPUS", 48_000, 2, 2e-2),
+    ("OGG", "OPUS", 16_000, 1, 2e-2),
+    ("MP3", "MPEG_LAYER_III", 44_100, 2, 5e-3),
+    ("MP3", "MPEG_LAYER_III", 16_000, 1, 5e-3),
+]
+
+
+@pytest.mark.parametrize(("format", "subtype", "rate", "channels", "distance"), KINDS)
+def test_every_kind_of_file_becomes_mono_at_the_asked_rate(format, subtype, rate, channels, distance):
+    # Channels of different loudness: only their average is the tone again.
+    gains = np.linspace(0.5, 1.5, channels) if channels > 1 else np.ones(1)
+    audio = encoded(tone(rate)[:, None] * gains, rate, format, subtype)
+    samples = decode(audio, RATE)
+    assert samples.dtype == np.float32 and samples.ndim == 1
+    assert abs(len(samples) - SECONDS * RATE) <= 1
+    expected = tone(RATE)
+    shared = min(len(samples), len(expected))
+    assert np.sqrt(np.mean((samples[:shared] - expected[:shared]) ** 2)) < distance
+    assert duration(audio) == pytest.approx(SECONDS, abs=1e-3)
+
+
+def test_bytes_paths_and_what_datasets_holds_are_the_same_audio(tmp_path):
+    audio = encoded(tone(RATE), RATE, subtype="FLOAT")
+    path = tmp_path / "tone.wav"
+    path.write_bytes(audio)
+    forms = [
+        audio,
+        path,
+        str(path),
+        {"bytes": audio, "path": "elsewhere.wav"},
+        {"bytes": None, "path": str(path)},
+        {"array": tone(RATE), "sampling_rate": RATE},
+        {"array": np.stack([tone(RATE) * 0.5, tone(RATE) * 1.5]), "sampling_rate": RATE},
+    ]
+    for form in forms:
+        np.testing.assert_allclose(decode(form, RATE), tone(RATE), atol=1e-6)
+        assert duration(form) == SECONDS
+
+
+BROKEN = [
+    (b"", "empty file"),
+    ({"bytes": b"", "path": "a.wav"}, "empty file"),
+    ({"bytes": None, "path": None}, "no audio"),
+    (None, "no audio"),
+    ("no-such-file.wav", "missing file no-such-file.wav"),
+    (b"this is no sound at all, but text", "unreadable: Format not recognised"),
+    (encoded(tone(RATE), RATE)[:20], "unreadable: "),
+    (encoded(np.zeros(0, np.float32), RATE), "zero samples"),
+]
+
+
+@pytest.mark.parametrize(("audio", "reason"), BROKEN)
+@pytest.mark.parametrize("read", [lambda audio: decode(audio, RATE), duration], ids=["decode", "duration"])
+def test_what_cannot_be_used_says_why(audio, reason, read):
+    with pytest.raises(AudioError) as error:
+        read(audio)
+    assert str(error.value).startswith(reason)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_samples_that_are_not_numbers_are_refused(value, rate):
+    samples = tone(rate)
+    samples[100] = value
+    with pytest.raises(AudioError, match="NaN or infinite samples"):
+        decode(encoded(samples, rate, subtype="FLOAT"), RATE)
+
+
+def test_files_of_the_disk_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty.flac").touch()
+    (tmp_path / "samples.raw").write_bytes(bytes(3200))
+    for name, reason in [("empty.flac", "empty file"), ("samples.raw", "unreadable: raw"), (".", "missing file")]:
+        with pytest.raises(AudioError, match=reason):
+            decode(tmp_path / name, RATE)
+
+
+def test_too_short_to_resample_is_no_audio():
+    with pytest.raises(AudioError, match="zero samples"):
+        decode(encoded(np.full(1, 0.5, np.float32), 96_000), 8_000)
+
+
+def test_a_file_cut_short_gives_what_is_there():
+    audio = encoded(tone(RATE), RATE)
+    half = decode(audio[: len(audio) // 2], RATE)
+    assert 0.49 * SECONDS * RATE < len(half) < 0.5 * SECONDS * RATE
+    np.testing.assert_allclose(half, tone(RATE)[: len(half)], atol=1e-4)
+
+
+def test_a_header_without_the_length_is_no_obstacle():
+    audio = bytearray(encoded(tone(RATE), RATE, "FLAC"))
+    # STREAMINFO follows "fLaC" and a 4-byte block header; its total samples are the 36 bits before the MD5 sum.
+    audio[4 + 4 + 13] &= 0xF0
+    audio[4 + 4 + 14 : 4 + 4 + 18] = bytes(4)
+    assert len(decode(bytes(audio), RATE)) == SECONDS * RATE
+    assert duration(bytes(audio)) == SECONDS
+
+
+def test_flac_keeps_the_samples_and_clips_the_loud_ones():
+    np.testing.assert_allclose(decode(encode_flac(tone(RATE), RATE), RATE), tone(RATE), atol=1 / 32_000)
+    loud = decode(encode_flac(4 * tone(RATE), RATE), RATE)
+    np.testing.assert_allclose(loud, np.clip(4 * tone(RATE), -1, 1), atol=1 / 32_000)
+
+
+def checkpoint(seconds: float, mels: int) -> tuple[WhisperFeatureExtractor, WhisperConfig]:
+    config = WhisperConfig(max_source_positions=int(seconds * 50), num_mel_bins=mels)
+    return WhisperFeatureExtractor(feature_size=mels, chunk_length=seconds), config
+
+
+@pytest.mark.parametrize(("seconds", "mels"), [(4, 80), (30, 128)])
+def test_the_window_is_the_models(seconds, mels):
+    window = Window.from_models(*checkpoint(seconds, mels))
+    assert window == Window(sampling_rate=RATE, samples=RATE * seconds, frames=100 * seconds, mels=mels)
+    assert window.seconds == seconds
+
+
+def test_a_feature_extractor_of_another_model_is_refused():
+    feature_extractor, _ = checkpoint(4, 80)
+    with pytest.raises(UserError, match="80 mel bins, but the model's config has 128"):
+        Window.from_models(feature_extractor, checkpoint(4, 128)[1])
+    with pytest.raises(UserError, match="window is 4 s, but the model's is 30 s"):
+        Window.from_models(feature_extractor, checkpoint(30, 80)[1])
+
+
+@pytest.mark.parametrize(("seconds", "mels"), [(4, 80), (4, 128), (30, 80), (30, 128)])
+def test_log_mel_equals_the_feature_extractor(seconds, mels, utterances):
+    feature_extractor, config = checkpoint(seconds, mels)
+    window = Window.from_models(feature_extractor, config)
+    # Speech with silence after it, digital silence, and noise to the window's end.
+    noise = np.random.default_rng(0).normal(0, 0.1, window.samples).astype(np.float32)
+    waveforms = [utterances[0].samples, np.zeros(10, np.float32), noise]
+    log_mel = LogMel(feature_extractor)(stack(waveforms, window))
+    expected = feature_extractor(waveforms, sampling_rate=RATE, return_tensors="pt").input_features
+    assert log_mel.shape == (3, window.mels, window.frames) and log_mel.dtype == torch.float32
+    torch.testing.assert_close(log_mel, expected, atol=1e-5, rtol=0)
+
+
+def test_log_mel_stays_exact_under_autocast_and_out_of_checkpoints():
+    feature_extractor, config = checkpoint(4, 80)
+    module = LogMel(feature_extractor)
+    samples = stack([tone(RATE)], Window.from_models(feature_extractor, config))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = module(samples)
+    assert torch.equal(inside, module(samples))
+    assert not module.state_dict()
+
+
+def test_stack_pads_with_zeros_and_never_cuts():
+    window = Window(sampling_rate=RATE, samples=RATE, frames=100, mels=80)
+    batch = stack([tone(RATE), tone(RATE, 1.0)], window)
+    assert batch.shape == (2, RATE) and batch.dtype == torch.float32
+    np.testing.assert_array_equal(batch[0, : len(tone(RATE))].numpy(), tone(RATE))
+    assert not batch[0, len(tone(RATE)) :].any()
+    with pytest.raises(ValueError, match=r"1\.50 s of audio do not fit a window of 1 s"):
+        stack([tone(RATE), tone(RATE, 1.5)], window)
