@@ -14,10 +14,10 @@ from distil_whisper.audio import LogMel
 from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper
 
-# Whisper's own generate sets off this warning at each first use (transformers 5.23); no argument of ours avoids it
-logging.getLogger("transformers.generation.utils").addFilter(
-    lambda record: not record.msg.startswith("Passing `generation_config` together with generation-related arguments")
-)
+# Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
+# generation config together with two of its fields, and fills in a max_length beside our max_new_tokens
+NOISE = ("Passing `generation_config` together with generation-related", "Both `max_new_tokens` (=")
+logging.getLogger("transformers.generation.utils").addFilter(lambda record: not record.msg.startswith(NOISE))
 
 
 @dataclass(frozen=True)
