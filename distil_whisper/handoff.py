@@ -1,0 +1,160 @@
+"""The hand-off dataset: Parquet files with one schema, and a README.md that lists what is there.
+
+`load_dataset` reads the folder at any time, with any number of shards finished.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets import Audio, Features, List, Value
+
+from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, write_text
+
+ROWS_PER_GROUP = 100
+TEXT, REAL = Value("string"), Value("float64")
+WRITTEN = {  # the columns that labelling adds
+    "whisper_transcript": TEXT,
+    "whisper_token_ids": List(Value("int32")),
+    "tokenizer_fingerprint": TEXT,
+    "condition_on_prev": List(Value("int32")),
+    "language": TEXT,
+    "task": TEXT,
+    "row_id": TEXT,
+    "recording_id": TEXT,
+    "window_start": REAL,
+    "utterance_ids": List(TEXT),
+    "utterance_starts": List(REAL),
+    "utterance_texts": List(TEXT),
+    "utterance_wer": List(REAL),
+    "truncated": Value("bool"),
+    "wer": REAL,
+    "errors": Value("int32"),
+    "reference_words": Value("int32"),
+    "normalizer": TEXT,
+    "avg_logprob": REAL,
+    "no_speech_prob": REAL,
+    "compression_ratio": REAL,
+    "duration": REAL,
+}
+MEANINGS = {
+    "whisper_transcript": "the teacher's text; `<|1.20|>` marks are timestamps in seconds",
+    "whisper_token_ids": "its tokens as generated, without prefix and end token",
+    "tokenizer_fingerprint": "whose token ids these are",
+    "condition_on_prev": "the tokens of the window before, of the same recording or speaker",
+    "language": "the language that the teacher was told",
+    "task": "the task that it was told",
+    "row_id": "the row of the source",
+    "recording_id": "the recording or the speaker",
+    "window_start": "where the window begins in a cut recording, in seconds",
+    "utterance_ids": "the parts of a packed window",
+    "utterance_starts": "where they begin, in seconds",
+    "utterance_texts": "their transcripts",
+    "utterance_wer": "their word error rates in percent, from one alignment of the window",
+    "truncated": "the teacher did not come to its end token",
+    "wer": "word error rate against the transcript in percent (of a packed window its worst utterance's)",
+    "errors": "word errors of the window",
+    "reference_words": "words of its transcript",
+    "normalizer": "the text normaliser of these figures",
+    "avg_logprob": "mean log-probability of the teacher's tokens",
+    "no_speech_prob": "its probability of no speech",
+    "compression_ratio": "of the text; repetitions make it large",
+    "duration": "seconds",
+}
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One output file: a unit of one split of one configuration."""
+
+    config: str
+    split: str
+    index: int
+    of: int
+
+    @property
+    def name(self) -> str:
+        """Its path below the output folder."""
+        return f"{self.config}/{self.split}-{self.index:05d}-of-{self.of:05d}.parquet"
+
+    @property
+    def manifest(self) -> str:
+        """What is said of the finished unit, even if it left no row."""
+        return f"{RECORDS}/shards/{self.config}/{self.split}-{self.index:05d}-of-{self.of:05d}.json"
+
+
+def schema(
+    source: Features, kept: list[str] | None, audio_column: str, text_column: str | None
+) -> tuple[Features, dict]:
+    """The features of the hand-off dataset, and how clashing columns of the source are called in it.
+
+    kept: the columns to keep, None for all. A column of the source that has the name of one of ours is kept as
+    `source_<name>`.
+    """
+    names = list(source) if kept is None else [name for name in kept if name in source]
+    renamed = {name: f"source_{name}" if name in WRITTEN and name != text_column else name for name in names}
+    features = {renamed[name]: Audio() if name == audio_column else source[name] for name in names}
+    return Features({**features, **WRITTEN}), renamed
+
+
+@contextlib.contextmanager
+def shard_writer(path: Path, features: Features) -> Iterator[Callable[[dict], None]]:
+    """Write rows into a Parquet file that appears when the block ends well, unless no row came.
+
+    Rows go to disk in groups, so memory is bounded.
+    """
+    arrow_schema = features.arrow_schema
+    rows: list[dict] = []
+    with contextlib.ExitStack() as stack:
+        writer = None
+
+        def flush() -> None:
+            nonlocal writer
+            if writer is None:
+                beside = stack.enter_context(atomic_path(path))
+                writer = stack.enter_context(pq.ParquetWriter(beside, arrow_schema))
+            writer.write_table(pa.Table.from_pylist(rows, schema=arrow_schema))
+            rows.clear()
+
+        def write(row: dict) -> None:
+            rows.append(row)
+            if len(rows) >= ROWS_PER_GROUP:
+                flush()
+
+        yield write
+        if rows:
+            flush()
+
+
+def finish_shard(folder: OutputFolder, shard: ShardFile, facts: dict) -> None:
+    """Note that a unit is done: how many rows it has, and which were skipped."""
+    write_text(folder / shard.manifest, json.dumps(facts, ensure_ascii=False))
+
+
+def read_manifest(folder: OutputFolder, shard: ShardFile) -> dict | None:
+    """What was noted of a finished unit, None if it is not finished."""
+    path = folder / shard.manifest
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_readme(folder: OutputFolder, body: str) -> None:
+    """Rewrite README.md so that its `configs:` lists the files that are there. Any process may do it at any time."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((folder / f"{RECORDS}/shards").glob("*/*.json")):
+        if json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            found.setdefault(path.parent.name, set()).add(path.name.rsplit("-of-", 1)[0].rsplit("-", 1)[0])
+    configs = [
+        {
+            "config_name": config,
+            **({"default": True} if position == 0 else {}),
+            "data_files": [{"split": split, "path": f"{config}/{split}-[0-9]*.parquet"} for split in sorted(splits)],
+        }
+        for position, (config, splits) in enumerate(sorted(found.items()))
+    ]
+    head = yaml.safe_dump({"configs": configs}, sort_keys=False, allow_unicode=True) if configs else ""
+    write_text(folder / "README.md", f"---\n{head}---\n\n{body}" if head else body)

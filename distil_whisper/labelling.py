@@ -1,0 +1,252 @@
+"""Pseudo-labelling of one unit of a dataset: rows in, windows to the teacher, labelled rows out, in order."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from distil_whisper import packing
+from distil_whisper.audio import AudioError, decode, encode_flac, stack
+from distil_whisper.decoding import Decoded, Decoder, compression_ratio
+from distil_whisper.filtering import utterance_errors, worst
+from distil_whisper.metrics import Errors
+from distil_whisper.mixing import batched
+from distil_whisper.models import LoadedWhisper
+from distil_whisper.normalisation import Normaliser
+from distil_whisper.packing import Utterance, WindowAudio
+from distil_whisper.reading import Source
+from distil_whisper.tokens import plain_text
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of the source by their role; None where there is none."""
+
+    audio: str
+    text: str | None = None
+    id: str | None = None
+    speaker: str | None = None
+    recording: str | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """What tells whose utterance it is: the recording, else the speaker."""
+        return self.recording or self.speaker
+
+    def kept_in_windows(self) -> list[str]:
+        """The columns that packed and cut windows keep, beside those that labelling writes."""
+        names = (self.audio, self.text, self.id, self.speaker, self.recording)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+
+@dataclass(frozen=True)
+class LabellingSettings:
+    """How windows are made and what is written of them."""
+
+    language: str | None
+    task: str | None
+    concatenate: bool
+    split_long: bool
+    decode_token_ids: bool
+    batch_size: int
+    num_workers: int
+
+
+@dataclass
+class Tally:
+    """What became of a unit's rows."""
+
+    rows: int = 0
+    seconds: float = 0.0
+    skipped: list[dict] = field(default_factory=list)
+
+    def skip(self, row_id: str, reason: str) -> None:
+        """Note a row that cannot be labelled."""
+        self.skipped.append({"row_id": row_id, "reason": reason})
+
+
+class UnitLabeller:
+    """Labels units of a source with a teacher. Batches, packing and prompts never cross a unit, so neither the number
+    of processes nor a resume changes a row."""
+
+    def __init__(
+        self,
+        whisper: LoadedWhisper,
+        decoder: Decoder,
+        columns: Columns,
+        settings: LabellingSettings,
+        normaliser: Normaliser,
+        renamed: dict[str, str],
+    ):
+        self.whisper = whisper
+        self.decoder = decoder
+        self.columns = columns
+        self.settings = settings
+        self.normaliser = normaliser
+        self.renamed = renamed
+
+    def __call__(self, source: Source, unit: int, tally: Tally) -> Iterator[list[dict]]:
+        """The labelled rows of a unit, batch by batch; what was left out is noted in tally."""
+        previous: dict[str, list[int] | None] = {}
+        for batch in batched(self.windows(source, unit, tally), self.settings.batch_size):
+            waveforms = stack([window.samples for window in batch], self.whisper.window)
+            decoded = self.decoder(waveforms, self.settings.language, self.settings.task)
+            rows = []
+            for window, result in zip(batch, decoded, strict=True):
+                prompt = previous.get(window.recording_id) if self.columns.owner or window.cut else None
+                rows.append(self.row(window, result, prompt))
+                previous[window.recording_id] = None if result.truncated else result.ids
+            tally.rows += len(rows)
+            tally.seconds += sum(row["duration"] for row in rows)
+            yield rows
+
+    def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
+        """The windows that a unit's rows make."""
+        size, rate = self.whisper.window.samples, self.whisper.window.sampling_rate
+        utterances = self.utterances(source, unit, tally)
+        if self.settings.split_long:
+            cut = (packing.split(u, size, rate) if len(u.samples) > size else [packing.single(u)] for u in utterances)
+            if not self.settings.concatenate:
+                return chain.from_iterable(cut)
+            return self._packed_between_long(utterances, size, rate)
+        fitting = self._fitting(utterances, size, rate, tally)
+        return packing.pack(fitting, size) if self.settings.concatenate else map(packing.single, fitting)
+
+    def _packed_between_long(self, utterances: Iterable[Utterance], size: int, rate: int) -> Iterator[WindowAudio]:
+        """Short utterances packed; a long one closes the windows before it and is cut."""
+        run: list[Utterance] = []
+        for utterance in utterances:
+            if len(utterance.samples) <= size:
+                run.append(utterance)
+                continue
+            yield from packing.pack(run, size)
+            yield from packing.split(utterance, size, rate)
+            run = []
+        yield from packing.pack(run, size)
+
+    @staticmethod
+    def _fitting(utterances: Iterable[Utterance], size: int, rate: int, tally: Tally) -> Iterator[Utterance]:
+        for utterance in utterances:
+            if len(utterance.samples) <= size:
+                yield utterance
+            else:
+                found = f"{len(utterance.samples) / rate:.2f} s of audio, the window is {size / rate:g} s"
+                tally.skip(utterance.row_id, f"longer than the window: {found}")
+
+    def utterances(self, source: Source, unit: int, tally: Tally) -> Iterator[Utterance]:
+        """A unit's rows with their audio decoded, in order; rows that cannot be read are noted and left out.
+
+        Threads decode ahead: soundfile and soxr do not hold the interpreter's lock.
+        """
+        rows = ((source.row_id(unit, number), row) for number, row in enumerate(source.rows(unit)))
+        for row_id, row, samples, problem in _ahead(self._decoded, rows, self.settings.num_workers):
+            if problem is not None:
+                tally.skip(row_id, problem)
+                continue
+            owner = self.columns.owner
+            recording = str(row[owner]) if owner and row[owner] is not None else row_id
+            yield Utterance(row_id, recording, row, samples)
+
+    def _decoded(self, item: tuple[str, dict]) -> tuple[str, dict, np.ndarray | None, str | None]:
+        row_id, row = item
+        try:
+            return row_id, row, decode(row[self.columns.audio], self.whisper.window.sampling_rate), None
+        except AudioError as error:
+            return row_id, row, None, str(error)
+
+    def row(self, window: WindowAudio, decoded: Decoded, prompt: list[int] | None) -> dict:
+        """One row of the hand-off dataset."""
+        grammar = self.decoder.grammar
+        transcript = grammar.decode(decoded.ids)
+        spoken = plain_text(transcript)
+        return {
+            **self._kept(window),
+            "whisper_transcript": transcript,
+            "whisper_token_ids": None if self.settings.decode_token_ids else decoded.ids,
+            "tokenizer_fingerprint": grammar.fingerprint,
+            "condition_on_prev": prompt,
+            "language": self.settings.language,
+            "task": self.settings.task,
+            "row_id": window.row_id,
+            "recording_id": window.recording_id,
+            "window_start": window.window_start,
+            **self._parts(window),
+            "truncated": decoded.truncated,
+            **self._errors(window, spoken),
+            "avg_logprob": round(decoded.avg_logprob, 4),
+            "no_speech_prob": round(decoded.no_speech_prob, 4),
+            "compression_ratio": round(compression_ratio(spoken), 4),
+            "duration": round(len(window.samples) / self.whisper.window.sampling_rate, 4),
+        }
+
+    def _kept(self, window: WindowAudio) -> dict:
+        """The columns of the source. Audio is the bytes that came, or FLAC where it was joined or cut."""
+        first = window.parts[0].row
+        if not window.cut and not self.settings.concatenate:
+            return {self.renamed[n]: _stored(v) if n == self.columns.audio else v for n, v in first.items()}
+        columns = self.columns
+        kept = {self.renamed[name]: first[name] for name in columns.kept_in_windows() if name in self.renamed}
+        flac = encode_flac(window.samples, self.whisper.window.sampling_rate)
+        kept[self.renamed[columns.audio]] = {"bytes": flac, "path": None}
+        if columns.text is not None:
+            kept[self.renamed[columns.text]] = self._joined_text(window)
+        return kept
+
+    def _texts(self, window: WindowAudio) -> list[str | None]:
+        """The transcript of each part; of a cut recording nobody knows which words are in which window."""
+        known = self.columns.text is not None and not window.cut
+        return [part.row[self.columns.text] if known else None for part in window.parts]
+
+    def _joined_text(self, window: WindowAudio) -> str | None:
+        texts = self._texts(window)
+        return None if None in texts else ("" if self.normaliser.spaceless else " ").join(texts)
+
+    def _parts(self, window: WindowAudio) -> dict:
+        if not self.settings.concatenate or window.cut:
+            return {"utterance_ids": None, "utterance_starts": None, "utterance_texts": None}
+        rate, id_column = self.whisper.window.sampling_rate, self.columns.id
+        ids = [str(part.row[id_column]) if id_column else part.row_id for part in window.parts]
+        starts = [round(start / rate, 4) for start in window.starts]
+        return {"utterance_ids": ids, "utterance_starts": starts, "utterance_texts": self._texts(window)}
+
+    def _errors(self, window: WindowAudio, spoken: str) -> dict:
+        """Word errors of the teacher, null without a transcript and for a translation."""
+        texts = self._texts(window)
+        names = ("wer", "errors", "reference_words", "utterance_wer", "normalizer")
+        if None in texts or self.settings.task == "translate":
+            return dict.fromkeys(names)
+        pairs = utterance_errors(texts, spoken, self.normaliser)
+        whole = Errors(sum(p.errors for p in pairs), sum(p.reference_words for p in pairs))
+        rates = [round(pair.rate, 4) for pair in pairs] if self.settings.concatenate else None
+        return dict(
+            zip(
+                names,
+                (round(worst(pairs).rate, 4), whole.errors, whole.reference_words, rates, self.normaliser.name),
+                strict=True,
+            )
+        )
+
+
+def _ahead(function, items: Iterable, workers: int) -> Iterator:
+    """`map` in order, some items ahead on that many threads; without threads, plain map."""
+    if workers < 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _stored(audio: dict) -> dict:
+    """Audio as a row of the dataset keeps it: its bytes, and the name of its file without the folders."""
+    data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
+    return {"bytes": data, "path": Path(audio["path"]).name if audio["path"] else None}
