@@ -1,0 +1,194 @@
+"""Make the quickstart's speech and its untrained toy teacher.
+
+python scripts/quickstart_data.py --data_dir outputs/quickstart/data --model_dir outputs/quickstart/teacher_init
+
+The folder has the splits train, test (unseen utterances), test_ood (unseen voices, noise) and long (recordings of a
+minute and more, with pauses); and a configuration `windows`, on which the toy teacher is trained: windows of several
+utterances whose times are known, in the form that labelling writes, with timestamps and previous text.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import soxr
+import toy_whisper
+from datasets import Audio, Features, List, Value
+from speech import SAMPLING_RATE, speak
+from transformers import WhisperTokenizer
+
+from distil_whisper.audio import encode_flac
+from distil_whisper.handoff import shard_writer
+from distil_whisper.outputs import write_text
+from distil_whisper.progress import bar
+from distil_whisper.tokens import Grammar
+
+RATE = 16_000
+WINDOW_S = 4
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "red", "blue"]
+VOICES = ["en-us", "en-gb-x-rp", "en-029", "en-gb-scotland", "en-us+f2", "en-us+m3", "en-gb-x-gbcwmd+f4", "en-us+m1"]
+UNSEEN_VOICES = ["en-us+m7", "en-gb-x-gbclan+f3"]
+TEXT = Value("string")
+FEATURES = Features({"audio": Audio(), "text": TEXT, "id": TEXT, "speaker": TEXT, "recording": TEXT})
+WINDOW_FEATURES = Features(
+    {
+        "audio": Audio(),
+        "text": TEXT,
+        "whisper_transcript": TEXT,
+        "condition_on_prev": List(Value("int32")),
+        "tokenizer_fingerprint": TEXT,
+        "row_id": TEXT,
+        "recording_id": TEXT,
+    }
+)
+README = """---
+configs:
+- config_name: default
+  default: true
+  data_files:
+{splits}
+- config_name: windows
+  data_files:
+  - split: train
+    path: windows/train-*.parquet
+---
+
+Synthetic speech: a small vocabulary spoken by eSpeak NG.
+"""
+SPLITS = {"train": 3000, "test": 200, "test_ood": 200}
+WINDOWS = 4000
+LONG_RECORDINGS, LONG_S = 6, 62
+
+
+class Speaker:
+    """A voice with its own rate and pitch."""
+
+    def __init__(self, voice: str, rate: int, pitch: int):
+        self.name = f"{voice}-{rate}-{pitch}"
+        self.voice, self.rate, self.pitch = voice, rate, pitch
+
+    def say(self, words: list[str]) -> np.ndarray:
+        """The words as float32 samples at 16 kHz."""
+        samples = speak(" ".join(words), self.voice, self.rate, self.pitch)
+        return soxr.resample(samples, SAMPLING_RATE, RATE).astype(np.float32)
+
+
+def speakers(voices: list[str]) -> list[Speaker]:
+    """Each voice at three rates and two pitches."""
+    return [Speaker(*of) for of in product(voices, (160, 180, 200), (40, 60))]
+
+
+def write_utterances(folder: Path, split: str, count: int, voices: list[str], noise: float, draw) -> None:
+    """Utterances of one to four words, in recordings of one to eight by one speaker."""
+    everyone = speakers(voices)
+    with shard_writer(folder / "data" / f"{split}-00000-of-00001.parquet", FEATURES) as write:
+        made = recording = 0
+        while made < count:
+            speaker = everyone[draw.integers(len(everyone))]
+            for _ in range(min(draw.integers(1, 9), count - made)):
+                words = draw.choice(WORDS, size=draw.integers(1, 5)).tolist()
+                samples = noisy(padded(speaker.say(words), draw), noise, draw)
+                write(row(samples, words, f"{split}-{made}", speaker.name, f"{split}-recording-{recording}"))
+                made += 1
+            recording += 1
+
+
+def write_long(folder: Path, draw) -> None:
+    """Recordings of over a minute: utterances of one speaker with pauses of 0.2 to 1 s between them."""
+    everyone = speakers(VOICES)
+    with shard_writer(folder / "data" / "long-00000-of-00001.parquet", FEATURES) as write:
+        for number in range(LONG_RECORDINGS):
+            speaker, parts, words = everyone[draw.integers(len(everyone))], [], []
+            while sum(map(len, parts)) < LONG_S * RATE:
+                words.append(draw.choice(WORDS, size=draw.integers(1, 5)).tolist())
+                parts += [speaker.say(words[-1]), np.zeros(int(draw.uniform(0.2, 1.0) * RATE), np.float32)]
+            samples = noisy(np.concatenate(parts), 0.005, draw)
+            spoken = [word for part in words for word in part]
+            write(row(samples, spoken, f"long-{number}", speaker.name, f"long-{number}"))
+
+
+def write_windows(folder: Path, grammar: Grammar, draw) -> None:
+    """Windows of utterances at known times, labelled with the truth: what the toy teacher is taught."""
+    everyone = speakers(VOICES)
+    pool = [[(words, s.say(words)) for words in (some_words(draw) for _ in range(60))] for s in everyone]
+    with shard_writer(folder / "windows" / "train-00000-of-00001.parquet", WINDOW_FEATURES) as write:
+        previous = None
+        for number in bar(range(WINDOWS), desc="making windows", unit="window"):
+            said = pool[draw.integers(len(pool))]
+            samples, transcript, words = compose(
+                [said[i] for i in draw.integers(len(said), size=draw.integers(1, 7))], draw
+            )
+            write(
+                {
+                    "audio": {"bytes": encode_flac(noisy(samples, draw.uniform(0, 0.03), draw), RATE), "path": None},
+                    "text": " ".join(words),
+                    "whisper_transcript": transcript,
+                    "condition_on_prev": previous,
+                    "tokenizer_fingerprint": grammar.fingerprint,
+                    "row_id": f"windows/{number}",
+                    "recording_id": f"windows/{number}",
+                }
+            )
+            previous = grammar.encode_pseudo_label(transcript).ids
+
+
+def compose(utterances: list[tuple[list[str], np.ndarray]], draw) -> tuple[np.ndarray, str, list[str]]:
+    """Utterances with pauses in a window: samples, transcript with timestamps to a tenth of a second, words."""
+    window = np.zeros(WINDOW_S * RATE, np.float32)
+    at, transcript, spoken = draw.uniform(0, 0.4), "", []
+    for words, samples in utterances:
+        end = at + len(samples) / RATE
+        if end > WINDOW_S:
+            break
+        window[int(at * RATE) :][: len(samples)] += draw.uniform(0.6, 1.0) * samples
+        transcript += f"<|{round(at, 1):.2f}|> {' '.join(words)}<|{round(end, 1):.2f}|>"
+        spoken += words
+        at = end + draw.choice([0.0, draw.uniform(0, 0.9)])
+    return window, transcript, spoken
+
+
+def some_words(draw) -> list[str]:
+    """One to four words."""
+    return draw.choice(WORDS, size=draw.integers(1, 5)).tolist()
+
+
+def padded(samples: np.ndarray, draw) -> np.ndarray:
+    """A little silence around speech."""
+    before, after = (int(draw.uniform(0.05, 0.2) * RATE) for _ in range(2))
+    return np.pad(samples, (before, after))
+
+
+def noisy(samples: np.ndarray, level: float, draw) -> np.ndarray:
+    """White noise added."""
+    return samples + level * draw.standard_normal(len(samples)).astype(np.float32)
+
+
+def row(samples: np.ndarray, words: list[str], id: str, speaker: str, recording: str) -> dict:
+    """A row of the dataset."""
+    audio = {"bytes": encode_flac(samples, RATE), "path": f"{id}.flac"}
+    return {"audio": audio, "text": " ".join(words), "id": id, "speaker": speaker, "recording": recording}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model_dir", type=Path, required=True)
+    args = parser.parse_args(argv)
+    draw = np.random.default_rng(0)
+    toy_whisper.save(args.model_dir, [" " + " ".join(WORDS)] * 3, WINDOW_S, d_model=128, max_target_positions=96)
+    tokenizer = WhisperTokenizer.from_pretrained(args.model_dir)
+    for split, count in SPLITS.items():
+        unseen = split == "test_ood"
+        write_utterances(
+            args.data_dir, split, count, UNSEEN_VOICES if unseen else VOICES, 0.02 if unseen else 0.003, draw
+        )
+    write_long(args.data_dir, draw)
+    write_windows(args.data_dir, Grammar(tokenizer, True, 96), draw)
+    lines = [f"  - split: {split}\n    path: data/{split}-*.parquet" for split in (*SPLITS, "long")]
+    write_text(args.data_dir / "README.md", README.format(splits="\n".join(lines)))
+    print(f"wrote {args.data_dir} and {args.model_dir}")
+
+
+if __name__ == "__main__":
+    main()
