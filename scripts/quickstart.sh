@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The whole pipeline on a fresh machine, no GPU and no download of data or models: speech is synthesised, a toy teacher is
+# trained from scratch on it, labels it, is distilled into a student, and both are evaluated. Finished stages are kept:
+# a second run reuses them.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
+
+out=outputs/quickstart
+mkdir -p "$out/finished"
+
+# stage NAME COMMAND...: run the command unless it was finished before, and keep the seconds that it took
+stage() {
+    local name=$1 began=$SECONDS
+    shift
+    if [ -e "$out/finished/$name" ]; then
+        echo "== $name: finished before, in $(cat "$out/finished/$name") s"
+        return
+    fi
+    echo "== $name"
+    "$@"
+    echo $((SECONDS - began)) > "$out/finished/$name"
+    echo "== $name took $((SECONDS - began)) s"
+}
+
+common=(--language en --report_to none)
+train=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no run_distillation.py
+    "${common[@]}" --do_train --adam_beta2 0.98 --warmup_steps 50 --logging_steps 50 --save_steps 250
+    --save_total_limit 1 --per_device_train_batch_size 24 --per_device_eval_batch_size 50)
+
+stage data python scripts/quickstart_data.py --data_dir "$out/data" --model_dir "$out/teacher_init"
+
+stage teacher "${train[@]}" --model_name_or_path "$out/teacher_init" --kl_weight 0 \
+    --train_dataset_name "$out/data" --train_dataset_config_name windows \
+    --timestamp_probability 0.5 --condition_on_prev_probability 0.3 \
+    --learning_rate 2e-3 --max_steps 1000 --output_dir "$out/teacher"
+
+stage labelled accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    run_pseudo_labelling.py "${common[@]}" --model_name_or_path "$out/teacher" --dataset_name "$out/data" \
+    --concatenate_audio --recording_id_column_name recording --id_column_name id --speaker_id_column_name speaker \
+    --return_timestamps --max_label_length 64 --per_device_eval_batch_size 32 --output_dir "$out/labelled"
+
+stage student_init python create_student_model.py --teacher_checkpoint "$out/teacher" --decoder_layers 2 \
+    --save_dir "$out/student_init"
+
+distil=(--model_name_or_path "$out/student_init" --train_dataset_name "$out/labelled" --freeze_encoder
+    --eval_dataset_name "$out/data" --eval_dataset_config_name default --eval_split_name test --do_eval
+    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 400)
+
+stage student "${train[@]}" "${distil[@]}" --teacher_model_name_or_path "$out/teacher" --wer_threshold 20 \
+    --timestamp_probability 0.5 --condition_on_prev_probability 0.3 --output_dir "$out/student"
+
+stage student_without_distillation "${train[@]}" "${distil[@]}" --kl_weight 0 --use_pseudo_labels False \
+    --output_dir "$out/student_without_distillation"
+
+for model in teacher student student_without_distillation; do
+    evaluate=("${common[@]}" --model_name_or_path "$out/$model" --dataset_name "$out/data"
+        --dataset_config_name default --per_device_eval_batch_size 32)
+    stage "eval_short_$model" python run_short_form_eval.py "${evaluate[@]}" --dataset_split_name test+test_ood \
+        --generation_max_length 32 --output_dir "$out/eval/$model/short"
+    stage "eval_chunked_$model" python run_long_form_eval.py "${evaluate[@]}" --dataset_split_name long \
+        --chunk_length_s 4 --return_timestamps --output_dir "$out/eval/$model/long_chunked"
+    stage "eval_sequential_$model" python run_long_form_eval.py "${evaluate[@]}" --dataset_split_name long \
+        --return_timestamps --output_dir "$out/eval/$model/long_sequential"
+done
+
+python scripts/quickstart_summary.py "$out"
