@@ -17,8 +17,8 @@ METRICS_FILE = "metrics.jsonl"
 FOLDERS = {"tensorboard": "runs", "wandb": "wandb"}  # that a tracker makes in the output folder
 
 
-def resolve_report_to(report_to: list[str]) -> list[str]:
-    """The names of the trackers to use. Raises UserError for an unknown name or a missing package.
+def resolve_report_to(report_to: list[str]) -> list[str] | None:
+    """The names of the trackers to use, None for none. Raises UserError for an unknown name or a missing package.
 
     The default is tensorboard, and wandb where a login or a WANDB_MODE is configured. wandb asked for without a login
     runs offline, which is said in one line.
@@ -34,7 +34,7 @@ def resolve_report_to(report_to: list[str]) -> list[str]:
     if "wandb" in names and not _wandb_is_configured():
         os.environ["WANDB_MODE"] = "offline"
         print("wandb has no login here, so it runs offline; upload the run later with: wandb sync wandb/offline-run-*")
-    return names
+    return names or None
 
 
 class Trackers:
