@@ -9,20 +9,19 @@ DistilBART takes the first. Layers are numbered from 0; negative numbers count f
 """
 
 import os
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
+from dataclasses import asdict, dataclass, replace
 
 from transformers import WhisperForConditionalGeneration
 
 from distil_whisper import hub
 from distil_whisper.arguments import option, parse
 from distil_whisper.errors import UserError, exit_on_user_error
-from distil_whisper.models import LoadedWhisper, load_whisper
-from distil_whisper.outputs import RECORDS, OutputFolder, public_arguments, remove
+from distil_whisper.models import load_whisper, save_whisper
+from distil_whisper.outputs import OutputFolder, public_arguments
+from distil_whisper.progress import quiet_libraries
 from distil_whisper.student import LayerMap, make_student
 
 STAGE = "create_student_model"
-WEIGHTS = "model*.safetensors*"  # one file, or several with an index
 
 
 @dataclass
@@ -86,35 +85,14 @@ def compare_with_earlier(output: OutputFolder, made_of: dict) -> None:
     output.keep_arguments(made_of)
 
 
-def save(output: OutputFolder, student: WhisperForConditionalGeneration, teacher: LoadedWhisper, readme: str | None):
-    """Write the student's files beside their places, then move them there: config.json, which loading needs, last."""
-    beside = output / RECORDS / f"{STAGE}.partial"
-    remove(beside)
-    try:
-        student.save_pretrained(beside)
-        teacher.tokenizer.save_pretrained(beside)
-        teacher.feature_extractor.save_pretrained(beside)
-        if readme is not None:
-            (beside / "README.md").write_text(readme, encoding="utf-8")
-        names = sorted((path.name for path in beside.iterdir()), key=lambda name: name == "config.json")
-        output.claim(*names)
-        remove(output / "config.json")
-        for name in names:
-            os.replace(beside / name, output / name)
-        for name in [name for name in output.record["files"] if fnmatch(name, WEIGHTS) and name not in names]:
-            output.remove(name)
-    finally:
-        remove(beside)
-
-
 def card(args: Arguments, repo_id: str, report_text: str) -> str:
     """The card of a student that has learnt nothing yet."""
     return hub.model_card(
         name=repo_id,
         teacher=args.teacher_checkpoint,
-        description="A Whisper student before its training: layers and other weights copied from the teacher.",
+        description="A Whisper student before its training: layers and all other weights are copies of its teacher's."
+        f"\n\n```\n{report_text}\n```",
         arguments=public_arguments(args),
-        facts={"Made of": f"\n\n```\n{report_text}\n```"},
     )
 
 
@@ -122,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if int(os.environ.get("RANK", "0")) != 0:
         return  # a launcher of several processes: one does it all
+    quiet_libraries()
     teacher = load_whisper(
         args.teacher_checkpoint, cache_dir=args.cache_dir, device="cpu", argument="--teacher_checkpoint"
     )
@@ -136,20 +115,15 @@ def main(argv: list[str] | None = None) -> None:
     print(report_text, flush=True)
     with OutputFolder(args.save_dir, STAGE, overwrite=args.overwrite_output_dir) as output:
         compare_with_earlier(output, {"teacher_checkpoint": args.teacher_checkpoint, **asdict(layers)})
-        if not args.push_to_hub:
-            save(output, student, teacher, readme=None)
-        else:
+        repo_id = None
+        if args.push_to_hub:
             repo_id = hub.resolve_repo(args.save_dir, args.hub_model_id, private=args.hub_private_repo)
-            save(output, student, teacher, card(args, repo_id, report_text))
-            url = hub.push_folder(
-                output.path,
-                repo_id,
-                output.record["files"],
-                message="Student before training",
-                delete_patterns=[WEIGHTS],
-            )
-            print(f"pushed to {url}")
-        print(f"saved in {output.path}")
+        readme = card(args, repo_id, report_text) if repo_id else None
+        save_whisper(output, replace(teacher, model=student), card=readme)
+        print(f"saved in {output.path}", flush=True)
+        if repo_id:
+            names, message = output.record["files"], "Student before training"
+            print(f"pushed to {hub.push_folder(output.path, repo_id, names, message=message)}")
 
 
 if __name__ == "__main__":

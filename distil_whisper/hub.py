@@ -12,6 +12,7 @@ from httpx2 import HTTPError
 from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from distil_whisper.errors import UserError
 
@@ -20,6 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # The library answers with all of these: status codes and lost connections, no login and offline mode, failed uploads,
 # refused metadata.
 _FAILURES = (HTTPError, OSError, RuntimeError, ValueError)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.)")
 _LOCAL_ARGUMENTS = {"output_dir", "save_dir", "cache_dir", "overwrite_output_dir", "report_to", "wandb_project"}
 _LOCAL_ARGUMENTS |= {"wandb_name", "push_to_hub", "hub_model_id", "hub_private_repo"}
 
@@ -64,32 +66,25 @@ def resolve_repo(
 
 
 def push_folder(
-    folder: str | Path,
-    repo_id: str,
-    names: Iterable[str],
-    *,
-    repo_type: str = "model",
-    message: str,
-    ignore_patterns: Iterable[str] = (),
-    delete_patterns: Iterable[str] | None = None,
+    folder: str | Path, repo_id: str, names: Iterable[str], *, repo_type: str = "model", message: str
 ) -> str:
     """Upload files and folders (relative names; the folder may hold other people's) and return the page's address.
 
-    Files in the repository that match delete_patterns and are not among those uploaded are deleted. Raises UserError
-    if the Hub or the network refuses; the folder is complete all the same, and the message says how to push it later.
+    A shard (`-00000-of-00002`) stands for its set: the folder's set replaces the repository's. Raises UserError if the
+    Hub or the network refuses; the message says that the work is done and can be pushed later.
     """
-    allowed = [pattern for name in names for pattern in (glob.escape(name), f"{glob.escape(name)}/*")]
-    type_option = f" --repo-type {repo_type}" if repo_type != "model" else ""
-    later = f"{folder} is complete and can be pushed later with: hf upload{type_option} {repo_id} {folder}"
-    with _one_sentence(f"pushing to {repo_id} failed", later):
+    patterns = {_SHARD.sub("-[0-9]*-of-[0-9]*", glob.escape(name)) for name in names}
+    with _one_sentence(
+        f"pushing to {repo_id} failed", f"{folder} is complete; start the same command again to push it"
+    ):
         HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             repo_type=repo_type,
             commit_message=message,
-            allow_patterns=allowed,
-            ignore_patterns=["*.partial", "*.partial/*", *ignore_patterns],
-            delete_patterns=list(delete_patterns) if delete_patterns is not None else None,
+            allow_patterns=[*patterns, *(f"{pattern}/*" for pattern in patterns)],
+            ignore_patterns=["*.partial", "*.partial/*"],
+            delete_patterns=[pattern for pattern in patterns if "-[0-9]*-of-[0-9]*" in pattern] or None,
         )
     return f"{HfApi().endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
@@ -110,17 +105,17 @@ def model_card(
     name is its repository id or folder; facts are further lines (parameters, hours of audio). Folders of this machine
     appear by their last name only, and only names on the Hub become links; no license is claimed.
     """
-    datasets, languages, results = list(datasets), list(languages), list(results)
+    datasets, results = list(datasets), list(results)
     title = PurePath(name).name
     metadata = ModelCardData(
         base_model=teacher if is_hub_id(teacher) else None,
         datasets=[dataset for dataset in datasets if is_hub_id(dataset)] or None,
         eval_results=[entry for result in results for entry in _eval_results(result)] or None,
-        language=languages or None,
+        language=_language_codes(languages) or None,
         library_name="transformers",
         metrics=sorted({metric for result in results for metric in result.metrics if metric in ("wer", "cer")})
         or None,
-        model_name=title,
+        model_name=title if results else None,
         pipeline_tag=TASK,
         tags=["whisper", "distillation", TASK],
     ).to_yaml()
@@ -193,11 +188,18 @@ def _one_sentence(what: str, remedy: str = "") -> Iterator[None]:
         yield
     except _FAILURES as error:
         if isinstance(error, HfHubHTTPError) and error.response is not None:
-            reason = f"the Hub answered {error.response.status_code} {error.server_message or ''}".strip()
+            said = error.server_message or str(error).splitlines()[0]
+            reason = f"the Hub answered {error.response.status_code}: {' '.join(said.split())}"
         else:
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             reason = (str(cause).splitlines() or [type(cause).__name__])[0].strip()
         raise UserError(f"{what}: {reason.rstrip('.')}{f'; {remedy}' if remedy else ''}") from error
+
+
+def _language_codes(languages: Iterable[str]) -> list[str]:
+    """Languages by code or name as the Hub takes them: it refuses a card with anything but codes."""
+    codes = [TO_LANGUAGE_CODE.get(language.lower(), language.lower()) for language in languages]
+    return sorted({code for code in codes if re.fullmatch("[a-z]{2,3}", code)})
 
 
 def _eval_results(result: Result) -> list[EvalResult]:

@@ -56,7 +56,7 @@ def make_student(
     )
     config.encoder_layers, config.decoder_layers = len(layers.encoder), len(layers.decoder)
     config.dtype = torch.float32
-    student = WhisperForConditionalGeneration(config).float()
+    student = WhisperForConditionalGeneration(config)
     student.load_state_dict(_student_state(teacher.state_dict(), layers))
     student.generation_config = _generation_config(teacher.generation_config, layers.decoder, config)
     return student.eval(), layers
