@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     report_text = report(teacher.model, student, layers)
     print(report_text, flush=True)
-    with OutputFolder(args.save_dir, STAGE, overwrite=args.overwrite_output_dir) as output:
+    with OutputFolder(args.save_dir, STAGE, overwrite=args.overwrite_output_dir, flag="--save_dir") as output:
         compare_with_earlier(output, {"teacher_checkpoint": args.teacher_checkpoint, **asdict(layers)})
         repo_id = None
         if args.push_to_hub:

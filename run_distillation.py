@@ -35,6 +35,7 @@ from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save
 from distil_whisper.normalisation import normaliser
 from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
+from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
 from distil_whisper.training_sets import language_columns, open_training_sets, require_language, sampling_weights
@@ -119,7 +120,8 @@ class Arguments(ModelFields, DataFields, RunFields):
     logging_steps: int = option(25, "Steps between two lines of metrics.")
     eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.")
     save_steps: int = option(500, "Steps between two checkpoints.")
-    save_total_limit: int | None = option(None, "Keep so many checkpoints, and the best one. Default: all.")
+    save_total_limit: int | None = option(None, "Keep so many of the newest checkpoints. Default: all.")
+    save_best_total_limit: int = option(1, "Save and keep so many checkpoints of the best evaluations as well.")
     load_best_model_at_end: bool = option(False, "Save the best checkpoint as the trained model, not the last one.")
 
 
@@ -136,6 +138,7 @@ class Training:
     weights: LossWeights
     checkpoints: Checkpoints
     validator: Validator | None
+    meter: Meter
     state: TrainerState = field(default_factory=TrainerState)
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     trackers: Trackers | None = None
@@ -293,34 +296,44 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
-def train(run: Training, data: TrainingData, max_steps: int) -> dict[str, float]:
+def train(run: Training, data: TrainingData, max_steps: int) -> None:
     """The training loop: optimizer steps, and between them metrics, evaluations and checkpoints.
 
-    Returns the figures of the last evaluation.
+    Asked to stop (SIGTERM, SIGINT), it ends the step, writes a checkpoint and leaves.
     """
-    args, state, figures = run.args, run.state, {}
+    args, state = run.args, run.state
     batches = data.batches(state.step * args.gradient_accumulation_steps)
-    meter = Meter(run.accelerator, run.weights)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
-    while state.step < max_steps:
-        group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
-        meter.add(group, *optimizer_step(run, group))
-        state.step += 1
-        progress.update()
-        last = state.step == max_steps
-        if state.step % args.logging_steps == 0 or last:
-            log(run, meter, data.batches_per_epoch)
-        if run.validator is not None and (last or (args.eval_steps and state.step % args.eval_steps == 0)):
-            figures = evaluate(run)
-        if last or state.step % args.save_steps == 0:
-            save_checkpoint(run)
-    progress.close()
-    return figures
+    with StopRequest() as stop, progress:
+        while state.step < max_steps:
+            group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+            tokens, stopping = agree(run.accelerator, group, stop)
+            run.meter.add(group, *optimizer_step(run, group, tokens))
+            state.step += 1
+            progress.update()
+            last = state.step == max_steps
+            if state.step % args.logging_steps == 0 or last:
+                log(run, data.batches_per_epoch)
+            if run.validator is not None and (last or (args.eval_steps and state.step % args.eval_steps == 0)):
+                evaluate(run)
+            if last or stopping or state.step % args.save_steps == 0:
+                save_checkpoint(run)
+            if stopping and not last:
+                run.checkpoints.finish()
+                say(run, f"stopped at step {state.step}; the same command goes on from there")
+                raise SystemExit(stop.exit_code)
 
 
-def log(run: Training, meter: Meter, batches_per_epoch: int | None) -> None:
+def agree(accelerator: Accelerator, group: list[Batch], stop: StopRequest) -> tuple[torch.Tensor, bool]:
+    """What all processes must know of a step: its valid tokens, and whether any of them was asked to stop."""
+    mine = [sum(batch.tokens for batch in group), stop.received is not None]
+    tokens, stopping = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum")
+    return tokens.clamp(min=1), bool(stopping)
+
+
+def log(run: Training, batches_per_epoch: int | None) -> None:
     """Write the metrics of the last steps to the trackers, and the first of them to the terminal."""
-    values = meter.read()
+    values = run.meter.read()
     values["train/learning_rate"] = run.scheduler.get_last_lr()[0]
     if batches_per_epoch:
         values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / batches_per_epoch
@@ -334,7 +347,7 @@ def say(run: Training, line: str) -> None:
         tqdm.write(line)
 
 
-def optimizer_step(run: Training, group: list[Batch]) -> tuple[torch.Tensor, float]:
+def optimizer_step(run: Training, group: list[Batch], tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
     """One update from the batches of an accumulation group: the sums of ce, kl and tokens, and the gradient norm.
 
     The loss is the mean over the valid tokens of all processes and batches. Dropout and the like are drawn from the
@@ -342,13 +355,12 @@ def optimizer_step(run: Training, group: list[Batch]) -> tuple[torch.Tensor, flo
     """
     accelerator, model = run.accelerator, run.model
     torch.manual_seed(hash((run.args.seed, run.state.step, accelerator.process_index)) & 0x7FFFFFFF)
-    tokens = accelerator.reduce(torch.tensor(sum(b.tokens for b in group), device=accelerator.device), "sum")
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     for position, batch in enumerate(group):
         with nullcontext() if position + 1 == len(group) else accelerator.no_sync(model):
             losses = model(**batch.inputs(accelerator.device))
             # Wrappers average gradients over the processes; the sum over all of them is what is divided by all tokens.
-            accelerator.backward(losses["loss"] * accelerator.num_processes / tokens.clamp(min=1))
+            accelerator.backward(losses["loss"] * accelerator.num_processes / tokens)
         sums += torch.stack([losses[name].detach().double() for name in ("ce", "kl", "tokens")])
         for row_id, reason in batch.problems:
             tqdm.write(f"skipped {row_id}: {reason}")
@@ -360,9 +372,10 @@ def optimizer_step(run: Training, group: list[Batch]) -> tuple[torch.Tensor, flo
     return sums, norm
 
 
-def evaluate(run: Training) -> dict[str, float]:
+def evaluate(run: Training) -> None:
     """Validate, log what was found, and take note if it is the best so far."""
-    found = run.validator(run.model, run.weights)
+    with run.meter.paused():
+        found = run.validator(run.model, run.weights)
     run.trackers.log(found.values, run.state.step)
     for name, rows in found.tables.items():
         run.trackers.log_table(f"eval/{name}", ["id", "reference", "prediction"], rows, run.state.step)
@@ -370,17 +383,20 @@ def evaluate(run: Training) -> dict[str, float]:
         say(run, note)
     say(run, f"step {run.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.values.items()))
     figure = found.values.get("eval/wer", found.values.get("eval/loss"))
-    if figure is not None and run.args.do_train and run.state.improves(figure) and run.args.load_best_model_at_end:
-        save_checkpoint(run)
-    return found.values
+    if figure is not None and run.args.do_train:
+        run.state.figures[run.state.step] = figure
+        run.state.evaluation = found.values
+        if run.state.step in run.state.best_steps(run.args.save_best_total_limit):
+            save_checkpoint(run)
 
 
 def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
+    run.state.metered = run.meter.sums()
     run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
 
-def export(run: Training, folder: OutputFolder, repo: str | None, figures: dict[str, float]) -> None:
+def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
     """Save the trained student with its card into the output folder, and push it."""
     args = run.args
     if args.load_best_model_at_end:
@@ -394,7 +410,7 @@ def export(run: Training, folder: OutputFolder, repo: str | None, figures: dict[
             arguments=public_arguments(args),
             datasets=[name for name in split_plus(args.train_dataset_name) if name],
             languages=[args.language] if args.language else [],
-            results=results(run, figures),
+            results=results(run),
             facts={"Optimizer steps": run.state.step, "Parameters": f"{run.student.model.num_parameters():,}"},
         )
         save_whisper(folder, run.student, weights, card)
@@ -419,8 +435,9 @@ def describe(args: Arguments) -> str:
     return "A Whisper student distilled from its teacher with cross-entropy and KL divergence (arXiv 2311.00430)."
 
 
-def results(run: Training, figures: dict[str, float]) -> list[hub.Result]:
+def results(run: Training) -> list[hub.Result]:
     """The last validation as results of the card."""
+    figures = run.state.evaluation
     return [
         hub.Result(
             held_out.source.name,
@@ -444,17 +461,19 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
     collator = Collator(student.window, student.grammar.end)
     validator = make_validator(args, student, accelerator, collator) if args.do_eval else None
-    checkpoints = Checkpoints(folder, args.save_total_limit, args.load_best_model_at_end)
-    return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator)
+    checkpoints = Checkpoints(folder, args.save_total_limit, args.save_best_total_limit)
+    meter = Meter(accelerator, weights)
+    return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator, meter)
 
 
 def go_on(run: Training, max_steps: int) -> None:
     """Make the schedule, and put back what the last checkpoint holds, if there is one."""
     args = run.args
     run.scheduler = get_scheduler(args.lr_scheduler_type, run.raw_optimizer, args.warmup_steps, max_steps)
-    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler)
+    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler, run.accelerator.print)
     if resumed is not None:
         run.state = resumed
+        run.meter.go_on(resumed.metered)
         run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
 
 
@@ -499,8 +518,9 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     max_steps = steps_to_train(args, data.batches_per_epoch)
     go_on(run, max_steps)
     run.trackers = open_trackers(run, folder)
-    figures = train(run, data, max_steps)
-    export(run, folder, repo, figures)
+    train(run, data, max_steps)
+    run.checkpoints.finish()
+    export(run, folder, repo)
 
 
 if __name__ == "__main__":

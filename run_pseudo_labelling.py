@@ -110,6 +110,7 @@ class Job:
     task: str | None
     normaliser: Normaliser
     trackers: Trackers
+    repo: str | None = None
     batches: int = 0
 
 
@@ -270,7 +271,7 @@ def card(job: Job, summaries: list[dict]) -> str:
     """The text of the dataset's README.md."""
     args = job.args
     return hub.dataset_card(
-        name=str(job.folder.path),
+        name=job.repo or str(job.folder.path),
         teacher=args.model_name_or_path,
         sources=args.dataset_name.split("+"),
         arguments=public_arguments(args),
@@ -342,6 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         shards = [shard for source in sources for shard in shards_of(source)]
         folder.claim("README.md", SKIPPED_FILE, *(name for s in shards for name in (s.name, s.manifest)))
         job = begin(args, accelerator, folder)
+        job.repo = repo
         accelerator.wait_for_everyone()
         for source, roles in zip(sources, columns, strict=True):
             label_source(job, source, roles)

@@ -1,12 +1,16 @@
 """Checkpoints of training: the student, the optimizer, the schedule and the state; never the teacher.
 
 There are no random states in them: what is drawn depends on the seed and the step alone. They appear whole or not at
-all, in safetensors and JSON, and a checkpoint is itself a model that `from_pretrained` loads.
+all, in safetensors and JSON, with checksums, and a checkpoint is itself a model that `from_pretrained` loads. Training
+goes on while one is written.
 """
 
+import copy
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,31 +37,35 @@ _FLAT = replace(_FULL, flatten_optimizer_state_dict=True)
 
 @dataclass
 class TrainerState:
-    """Where training stands. best_value is the lowest validation figure so far, and best_step where it was reached."""
+    """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
+    validation, and what the meter has summed since the last line of metrics."""
 
     step: int = 0
-    best_value: float | None = None
-    best_step: int | None = None
+    figures: dict[int, float] = field(default_factory=dict)
+    evaluation: dict[str, float] = field(default_factory=dict)
+    metered: list[float] = field(default_factory=list)
 
-    def improves(self, value: float) -> bool:
-        """Take note of a validation figure; True if it is the best so far."""
-        better = self.best_value is None or value < self.best_value
-        if better:
-            self.best_value, self.best_step = value, self.step
-        return better
+    def best_steps(self, count: int) -> list[int]:
+        """The steps of the lowest figures, the best first."""
+        return sorted(self.figures, key=lambda step: (self.figures[step], step))[:count]
 
 
 class Checkpoints:
-    """The checkpoints in an output folder, the newest `limit` of them kept, and the `best_limit` best."""
+    """The checkpoints in an output folder: the newest `limit` are kept (all if None) and the `best_limit` best.
 
-    def __init__(self, folder: OutputFolder, limit: int | None, keep_best: bool):
+    Every process calls the methods; the main one writes.
+    """
+
+    def __init__(self, folder: OutputFolder, limit: int | None, best_limit: int):
         self.folder = folder
         self.limit = limit
-        self.keep_best = keep_best
+        self.best_limit = best_limit
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are there, in order."""
-        found = (_NAME.fullmatch(path.name) for path in self.folder.path.glob("checkpoint-*"))
+        found = (_NAME.fullmatch(path.parent.name) for path in self.folder.path.glob(f"checkpoint-*/{STATE_FILE}"))
         return sorted(int(match.group(1)) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -67,60 +75,81 @@ class Checkpoints:
     def save(
         self, accelerator: Accelerator, student: LoadedWhisper, model, optimizer, scheduler, state: TrainerState
     ) -> None:
-        """Write a checkpoint of the student and of what trains it. Every process must call it; the main one writes."""
-        weights = student_weights(model)
+        """Take a copy of the student and of what trains it, and write it while training goes on."""
+        weights = _copied(student_weights(model), accelerator)
         moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
-        if accelerator.is_main_process and self.path(state.step).name not in self._whole():
-            with self.folder.new_folder(f"checkpoint-{state.step}") as path:
-                write_whisper(path, student, weights)
-                tensors = {name: value for name, value in moments.items() if isinstance(value, torch.Tensor)}
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / OPTIMIZER_FILE)
-                stored = {"state": asdict(state), "scheduler": _plain(scheduler.state_dict())}
-                (path / STATE_FILE).write_text(json.dumps(stored, indent=2), encoding="utf-8")
-            self._rotate(state)
-        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        self.finish()
+        moments = _copied({n: value for n, value in moments.items() if isinstance(value, torch.Tensor)}, accelerator)
+        state = copy.deepcopy(state)
+        scheduled = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
+        self._writing = self._writer.submit(self._write, student, weights, moments, scheduled, state)
 
-    def load_newest(self, model, optimizer, scheduler) -> TrainerState | None:
-        """Put the newest checkpoint into model, optimizer and schedule; None if there is none."""
-        steps = self.steps()
-        if not steps:
+    def finish(self) -> None:
+        """Wait until what was saved is on disk."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def load_newest(self, model, optimizer, scheduler, say) -> TrainerState | None:
+        """Put the newest whole checkpoint into model, optimizer and schedule; None if there is none.
+
+        A damaged one is passed over, which is said. Raises UserError for one of another training.
+        """
+        step = next((step for step in reversed(self.steps()) if self._is_whole(step, say)), None)
+        if step is None:
             return None
-        path = self.path(steps[-1])
+        path = self.path(step)
         stored = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         self._load_weights(path, model)
         moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
         loaded = load_file(path / OPTIMIZER_FILE)
-        expected = {name for name, value in moments.items() if isinstance(value, torch.Tensor)}
-        if loaded.keys() != expected:
+        if loaded.keys() != {name for name, value in moments.items() if isinstance(value, torch.Tensor)}:
             raise UserError(
                 f"{path} was written with other trained layers than this command trains (is --freeze_encoder the "
                 "same?); use the same arguments, another --output_dir, or --overwrite_output_dir"
             )
         set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=_FLAT)
         scheduler.load_state_dict(stored["scheduler"])
-        return TrainerState(**stored["state"])
+        state = TrainerState(**stored["state"])
+        state.figures = {int(step): value for step, value in state.figures.items()}
+        return state
 
     def load_best(self, state: TrainerState, model) -> None:
         """Put the weights of the best checkpoint into the model, if it is not the one that is there."""
-        if state.best_step not in (None, state.step) and self.path(state.best_step).exists():
-            self._load_weights(self.path(state.best_step), model)
+        self.finish()
+        for step in state.best_steps(1):
+            if step != state.step and step in self.steps():
+                self._load_weights(self.path(step), model)
+
+    def _write(self, student, weights, moments, scheduled, state: TrainerState) -> None:
+        # A damaged checkpoint of this step, which a resume passed over, is replaced.
+        with self.folder.new_folder(f"checkpoint-{state.step}") as path:
+            write_whisper(path, student, weights)
+            save_file(moments, path / OPTIMIZER_FILE)
+            checksums = {name: _checksum(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+            stored = {"state": asdict(state), "scheduler": scheduled, "checksums": checksums}
+            (path / STATE_FILE).write_text(json.dumps(stored, indent=2), encoding="utf-8")
+        if self.limit is not None:
+            kept = {*self.steps()[-max(self.limit, 1) :], *state.best_steps(self.best_limit)}
+            for step in [step for step in self.steps() if step not in kept]:
+                self.folder.remove(f"checkpoint-{step}")
+
+    def _is_whole(self, step: int, say) -> bool:
+        path = self.path(step)
+        try:
+            checksums = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["checksums"]
+            whole = all(_checksum(path / name) == value for name, value in checksums.items())
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            say(f"warning: {path} is damaged and is passed over")
+        return whole
 
     def _load_weights(self, path: Path, model) -> None:
         weights = {_STUDENT + name: tensor for name, tensor in load_file(path / MODEL_FILE).items()}
         set_model_state_dict(model, weights, options=replace(_FULL, strict=False))  # tied weights are saved once
-
-    def _whole(self) -> set[str]:
-        return {self.path(step).name for step in self.steps()}
-
-    def _rotate(self, state: TrainerState) -> None:
-        if self.limit is None:
-            return
-        kept = set(self.steps()[-max(self.limit, 1) :])
-        if self.keep_best and state.best_step is not None:
-            kept.add(state.best_step)
-        for step in self.steps():
-            if step not in kept:
-                self.folder.remove(f"checkpoint-{step}")
 
 
 def student_weights(model) -> dict[str, torch.Tensor]:
@@ -129,6 +158,15 @@ def student_weights(model) -> dict[str, torch.Tensor]:
     return {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()}
 
 
-def _plain(state: dict) -> dict:
-    """The part of a scheduler's state that JSON can hold: all but its functions, which the arguments give again."""
-    return {name: value for name, value in state.items() if name != "lr_lambdas"}
+def _copied(tensors: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """Tensors that training does not touch: what comes from a GPU is a copy already."""
+    on_cpu = accelerator.device.type == "cpu"
+    return {name: tensor.clone() if on_cpu else tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 24):
+            checksum = zlib.crc32(part, checksum)
+    return checksum

@@ -1,6 +1,8 @@
 """Metrics of training, averaged over processes and over the steps since the last line."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -18,31 +20,44 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        self.sums = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)
-        self.samples, self.seconds, self.norm, self.places = 0, 0.0, 0.0, 0
-        self.began = time.perf_counter()
+        # ce, kl, valid tokens, samples, seconds of audio, places of the label tensors
+        self._sums = torch.zeros(6, device=self.accelerator.device, dtype=torch.float64)
+        self._norm, self._since = 0.0, time.perf_counter()
 
-    def add(self, group: list[Batch], sums: torch.Tensor, norm: float) -> None:
+    def add(self, group: list[Batch], losses: torch.Tensor, norm: float) -> None:
         """Take note of a step: its batches, its sums of ce, kl and tokens, and its gradient norm."""
-        self.sums += sums
-        self.norm = norm
-        for batch in group:
-            self.samples += len(batch.labels)
-            self.seconds += batch.seconds
-            self.places += batch.labels.numel()
+        samples = sum(len(batch.labels) for batch in group)
+        seconds, places = sum(batch.seconds for batch in group), sum(batch.labels.numel() for batch in group)
+        self._sums[:3] += losses
+        self._sums[3:] += torch.tensor([samples, seconds, places], device=self._sums.device, dtype=torch.float64)
+        self._norm = norm
+
+    def sums(self) -> list[float]:
+        """What was added up since the last line, over all processes, for a checkpoint. Every process must call it."""
+        return self.accelerator.reduce(self._sums.clone(), "sum").tolist()
+
+    def go_on(self, sums: list[float]) -> None:
+        """Go on from what a checkpoint holds."""
+        if self.accelerator.is_main_process:
+            self._sums += torch.tensor(sums, device=self._sums.device, dtype=torch.float64)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
         """Metrics by name; every process must call it. Peak memory is the GPU's, where there is one."""
-        counts = torch.tensor([self.samples, self.seconds, self.places], device=self.accelerator.device).double()
-        sums = self.accelerator.reduce(torch.cat([self.sums, counts]), "sum").tolist()
-        ce, kl, tokens, samples, seconds, places = sums
-        took = time.perf_counter() - self.began
+        ce, kl, tokens, samples, seconds, places = self.sums()
+        took = time.perf_counter() - self._since
         ce, kl = ce / max(tokens, 1), kl / max(tokens, 1)
         values = {
             "train/loss": self.weights.ce * ce + self.weights.kl * self.weights.temperature**2 * kl,
             "train/ce": ce,
             "train/kl": kl,
-            "train/grad_norm": float(self.norm),
+            "train/grad_norm": float(self._norm),
             "train/tokens_per_second": tokens / took,
             "train/samples_per_second": samples / took,
             "train/audio_hours_per_hour": seconds / took,

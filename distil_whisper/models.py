@@ -12,7 +12,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from distil_whisper.arguments import attention
 from distil_whisper.audio import Window
 from distil_whisper.errors import UserError
-from distil_whisper.outputs import RECORDS, OutputFolder
+from distil_whisper.outputs import RECORDS, OutputFolder, remove
 from distil_whisper.tokens import Grammar
 
 ENGLISH_ONLY_VOCABULARY = (
@@ -137,6 +137,7 @@ def save_whisper(
             (Path(beside) / "README.md").write_text(card, encoding="utf-8")
         names = sorted(os.listdir(beside), key=lambda name: name == "config.json")
         folder.claim(*names)
+        remove(folder / "config.json")  # a mixture of old and new files must not load
         for name in names:
             os.replace(Path(beside) / name, folder / name)
 

@@ -23,18 +23,21 @@ class OutputFolder:
     another run of the stage lives in the folder, and when a file that is about to be written is somebody else's.
     """
 
-    def __init__(self, path: str | Path, stage: str, overwrite: bool = False, main: bool = True):
+    def __init__(
+        self, path: str | Path, stage: str, overwrite: bool = False, main: bool = True, flag: str = "--output_dir"
+    ):
         if not str(path):
-            raise UserError("--output_dir is missing; name the folder that this stage may write into")
+            raise UserError(f"{flag} is missing; name the folder that this stage may write into")
         self.path = Path(path)
         self.stage = stage
         self.main = main
+        self.flag = flag
         if not main:
             return
         try:
             (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output_dir {path} cannot be written to: {error.strerror}") from error
+            raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
         self._lock = self._take_lock()
         self.record = self._read_record(stage)
         if overwrite:
@@ -50,20 +53,25 @@ class OutputFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def claim(self, *names: str) -> None:
-        """Announce files or folders (relative names) that this stage writes. Raises UserError if one is not ours."""
+    def claim(self, *names: str, shared: bool = False) -> None:
+        """Announce files or folders (relative names) that this stage writes; shared ones may be another stage's.
+
+        Raises UserError if one is there that was not written by this stage (or, if shared, by any).
+        """
         if not self.main:
             return
-        ours = {name for stage in self._stages() for name in self._read_record(stage)["files"]}
+        kind = "shared" if shared else "files"
+        stages = self._stages() if shared else [self.stage]
+        ours = {name for stage in stages for name in self._read_record(stage)[kind]}
         for name in names:
             if name not in ours and (self.path / name).exists():
                 raise UserError(
                     f"{self.path / name} exists and was not written by this stage; move it away, or choose another "
-                    "--output_dir"
+                    f"{self.flag}"
                 )
-        new = [name for name in names if name not in self.record["files"]]
+        new = [name for name in names if name not in self.record[kind]]
         if new:
-            self.record["files"] += new
+            self.record[kind] += new
             self._save_record()
 
     def remove(self, name: str) -> None:
@@ -106,7 +114,7 @@ class OutputFolder:
 
     def _read_record(self, stage: str) -> dict:
         path = self.path / RECORDS / f"{stage}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"files": []}
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else _new_record()
 
     def _save_record(self) -> None:
         write_text(self.path / RECORDS / f"{self.stage}.json", json.dumps(self.record, indent=2))
@@ -120,7 +128,7 @@ class OutputFolder:
             os.close(descriptor)
             raise UserError(
                 f"another run of this stage (process {owner}) is writing into {self.path}; wait for it or stop it, "
-                "or choose another --output_dir"
+                f"or choose another {self.flag}"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -129,7 +137,7 @@ class OutputFolder:
     def _remove_ours(self) -> None:
         for name in self.record["files"]:
             remove(self.path / name)
-        self.record = {"files": []}
+        self.record = {**_new_record(), "shared": self.record["shared"]}
         self._save_record()
 
 
@@ -160,6 +168,10 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _new_record() -> dict:
+    return {"files": [], "shared": []}
 
 
 def public_arguments(args) -> dict:

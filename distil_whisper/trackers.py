@@ -56,9 +56,8 @@ class Trackers:
         self.path = folder / METRICS_FILE
         if not accelerator.is_main_process:
             return
-        folder.claim(
-            METRICS_FILE, *(FOLDERS[str(tracker)] for tracker in accelerator.log_with if str(tracker) in FOLDERS)
-        )
+        made = [FOLDERS[str(tracker)] for tracker in accelerator.log_with if str(tracker) in FOLDERS]
+        folder.claim(METRICS_FILE, *made, shared=True)
         _keep_lines_until(self.path, resume_step)
         if accelerator.log_with:
             flat = {
