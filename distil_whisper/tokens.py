@@ -55,6 +55,7 @@ class Grammar:
         self.no_timestamps = self.id_of("<|notimestamps|>")
         self.no_speech = self.id_of("<|nospeech|>", "<|nocaptions|>")
         self.timestamp_begin = self.id_of("<|0.00|>")
+        self.timestamp_end = max(self._vocabulary.values())  # timestamps are the last tokens of every vocabulary
 
     def id_of(self, *names: str) -> int:
         """The id of a special token by its name (or the first of several names). Raises UserError if there is none."""
@@ -83,12 +84,16 @@ class Grammar:
         return ids if timestamps else [*ids, self.no_timestamps]
 
     def is_timestamp(self, token: int) -> bool:
-        """Whether a token is one of the timestamp tokens (they are the last ones of the vocabulary)."""
+        """Whether a token is one of the timestamp tokens."""
         return token >= self.timestamp_begin
 
     def timestamp(self, seconds: float) -> int:
-        """The timestamp token nearest to a time in the window."""
-        return self.timestamp_begin + round(seconds / TIME_PRECISION)
+        """The timestamp token nearest to a time in the window. Raises UserError for a time beyond the last of them."""
+        token = self.timestamp_begin + round(seconds / TIME_PRECISION)
+        if token > self.timestamp_end:
+            last = (self.timestamp_end - self.timestamp_begin) * TIME_PRECISION
+            raise UserError(f"a transcript holds the mark <|{seconds:.2f}|>, but the last timestamp is <|{last:.2f}|>")
+        return token
 
     def encode_text(self, text: str) -> list[int]:
         """Ordinary text as tokens: whatever looks like a special token in it is text."""
@@ -103,7 +108,7 @@ class Grammar:
 
     def encode_pseudo_label(self, text: str) -> Target:
         """A `whisper_transcript`: the teacher's text, its `<|1.20|>` marks, and the prefix and end token of datasets
-        that were labelled elsewhere, which are dropped. Raises UserError for any other special token."""
+        that were labelled elsewhere, which are dropped. Whatever else looks like a special token is text."""
         text = self._without_frame(text)
         pieces = _MARK.split(text)  # text, seconds, text, seconds, ..., text
         if len(pieces) == 1:
@@ -125,9 +130,9 @@ class Grammar:
                 ids = ids[1:]
         if self.end in ids:
             ids = ids[: ids.index(self.end)]
-        unknown = [token for token in ids if self.end < token < self.timestamp_begin]
+        unknown = self._first_unknown(ids)
         if unknown:
-            raise UserError(f"token ids hold the special token {self.tokenizer.convert_ids_to_tokens(unknown[0])}")
+            raise UserError(f"whisper_token_ids hold {unknown}: they were written with another tokenizer")
         return Target(ids, any(self.is_timestamp(token) for token in ids))
 
     def without_timestamps(self, target: Target) -> Target:
@@ -144,12 +149,11 @@ class Grammar:
             ids = ids[1:]
         if self.end in ids:  # labelled elsewhere: the frame of the window before came along
             ids = self.target_of_ids(ids).ids
-        unknown = [token for token in ids if self.end < token < self.timestamp_begin]
+        unknown = self._first_unknown(ids)
         if unknown:
-            name = self.tokenizer.convert_ids_to_tokens(unknown[0])
             raise UserError(
-                f"condition_on_prev holds the special token {name} ({unknown[0]}): the prompts were written with "
-                "another tokenizer; label with this teacher, or set --condition_on_prev_probability 0"
+                f"condition_on_prev holds {unknown}: the prompts were written with another tokenizer; label with this "
+                "teacher, or set --condition_on_prev_probability 0"
             )
         return ids if timestamps else [token for token in ids if not self.is_timestamp(token)]
 
@@ -186,6 +190,15 @@ class Grammar:
             if token is not None and self.is_timestamp(token):
                 text += f"<|{(token - self.timestamp_begin) * TIME_PRECISION:.2f}|>"
         return text
+
+    def _first_unknown(self, ids: list[int]) -> str | None:
+        """The first token that is neither text nor a timestamp, in words; None without one."""
+        for token in ids:
+            if token > self.timestamp_end:
+                return f"the id {token}, which is not in the vocabulary"
+            if self.end <= token < self.timestamp_begin:
+                return f"the special token {self.tokenizer.convert_ids_to_tokens(token)} ({token})"
+        return None
 
     def _without_frame(self, text: str) -> str:
         """Text without the prefix and the end token that datasets labelled elsewhere carry."""
