@@ -23,6 +23,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from distil_whisper import hub
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse, split_plus
 from distil_whisper.audio import LogMel
+from distil_whisper.augmentation import SpecAugment, WaveformAugment
 from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
@@ -99,6 +100,17 @@ class Arguments(ModelFields, DataFields, RunFields):
     freeze_encoder: bool = option(
         False, "Do not train the encoder. One that equals the teacher's then runs once for both."
     )
+    apply_spec_augment: bool | None = option(
+        None,
+        "Mask frames and mel bins of the log-mel. Default: as the student's config says, as for the masks' lengths.",
+        nargs="?",
+        const=True,
+    )
+    mask_time_prob: float | None = option(None, "Share of the frames that are masked. Default: as in the config.")
+    mask_feature_prob: float | None = option(None, "Share of the mel bins that are masked. Default: as in the config.")
+    noise_probability: float = option(0.0, "Share of the samples that white noise is added to.")
+    noise_snr_db: list[float] = option([10.0, 30.0], "Range of its signal-to-noise ratio in dB.", nargs=2)
+    speed_perturbation: list[float] = option([1.0, 1.0], "Range of the speed that audio is played at.", nargs=2)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     per_device_train_batch_size: int = option(8, "Samples of a process in a batch.")
     per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.")
@@ -176,9 +188,12 @@ def check_numbers(args: Arguments) -> None:
     for name in [*positive, "logging_steps", "save_steps", "shuffle_buffer_size"]:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    for name in ("timestamp_probability", "condition_on_prev_probability"):
+    for name in ("timestamp_probability", "condition_on_prev_probability", "noise_probability"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be between 0 and 1")
+    slowest, fastest = args.speed_perturbation
+    if not 0.5 <= slowest <= fastest <= 2:
+        raise UserError(f"--speed_perturbation is {slowest} {fastest}; give two factors in order, from 0.5 to 2")
 
 
 def make_accelerator(args: Arguments) -> Accelerator:
@@ -282,6 +297,14 @@ def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Acceler
         decoder,
         normaliser(args.normalizer, spoken.language or spoken.default_language, student.tokenizer),
     )
+
+
+def spec_augment(args: Arguments, config) -> SpecAugment | None:
+    """SpecAugment by the flags and the student's config, None for none."""
+    wanted = config.apply_spec_augment if args.apply_spec_augment is None else args.apply_spec_augment
+    given = {name: getattr(args, name) for name in ("mask_time_prob", "mask_feature_prob")}
+    chosen = replace(SpecAugment.from_config(config), **{n: value for n, value in given.items() if value is not None})
+    return chosen if wanted else None
 
 
 def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -455,7 +478,14 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     student, teacher = load_models(args, accelerator)
     weights = LossWeights(kl=args.kl_weight if teacher else 0.0, temperature=args.temperature)
     log_mel = LogMel(student.feature_extractor).to(accelerator.device)
-    distiller = Distiller(student.model, log_mel, weights, teacher.model if teacher else None, args.freeze_encoder)
+    distiller = Distiller(
+        student.model,
+        log_mel,
+        weights,
+        teacher.model if teacher else None,
+        args.freeze_encoder,
+        spec_augment(args, student.model.config),
+    )
     if distiller.shares_encoder:
         accelerator.print("the frozen encoder equals the teacher's: it runs once for both")
     model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
@@ -514,7 +544,8 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     settings = LabelSettings(args.timestamp_probability, args.condition_on_prev_probability, args.seed)
     labeller = Labeller(student.grammar, settings)
     sets = open_training_sets(args, student, labeller, run.accelerator.print)
-    data = TrainingData(args, sets, ExampleMaker(labeller, student.window, args.audio_column_name), run)
+    augment = WaveformAugment(args.noise_probability, tuple(args.noise_snr_db), tuple(args.speed_perturbation))
+    data = TrainingData(args, sets, ExampleMaker(labeller, student.window, args.audio_column_name, augment), run)
     max_steps = steps_to_train(args, data.batches_per_epoch)
     go_on(run, max_steps)
     run.trackers = open_trackers(run, folder)

@@ -5,6 +5,7 @@ from torch import nn
 from transformers import WhisperForConditionalGeneration
 
 from distil_whisper.audio import LogMel
+from distil_whisper.augmentation import SpecAugment
 from distil_whisper.losses import LossWeights, distillation_loss
 from distil_whisper.tokens import IGNORED
 
@@ -23,6 +24,7 @@ class Distiller(nn.Module):
         weights: LossWeights,
         teacher: WhisperForConditionalGeneration | None = None,
         freeze_encoder: bool = False,
+        spec_augment: SpecAugment | None = None,
     ):
         super().__init__()
         self.student = student
@@ -30,6 +32,7 @@ class Distiller(nn.Module):
         self.weights = weights
         self._teacher = (teacher,)
         self.freeze_encoder = freeze_encoder
+        self.spec_augment = spec_augment
         if freeze_encoder:
             student.model.encoder.requires_grad_(False)
         if teacher is not None:
@@ -57,6 +60,8 @@ class Distiller(nn.Module):
         the same decoder_input_ids. Padding stands to the right, where causal attention never looks.
         """
         features = self.log_mel(waveforms)
+        if self.spec_augment is not None and self.training:
+            features = self.spec_augment(features)  # before both encoders: student and teacher hear the same
         teacher_hidden, teacher_states = self._run_teacher(features, decoder_input_ids)
         states = teacher_states if self.shares_encoder else self._encode(features)
         student_hidden = self.student.model.decoder(

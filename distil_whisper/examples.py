@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from distil_whisper.audio import AudioError, Window, decode, stack
+from distil_whisper.augmentation import WaveformAugment, at_speed
 from distil_whisper.errors import UserError
 from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
 
@@ -92,11 +93,13 @@ class Labeller:
         """The task of a row, found as the language is."""
         return columns.task or row.get("task") or columns.default_task
 
-    def sequence(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Sequence | None:
-        """What the decoders see of a row in an epoch; None when the label does not fit the decoder."""
+    def sequence(
+        self, row: dict, columns: LabelColumns, row_id: str, epoch: int, speed: float = 1.0
+    ) -> Sequence | None:
+        """What the decoders see of a row in an epoch, its audio faster by a factor; None if the label does not fit."""
         settings, grammar = self.settings, self.grammar
         timestamp_draw, prompt_draw = draws(settings.seed, epoch, row_id)
-        target = self.target(row, columns)
+        target = at_speed(self.target(row, columns), speed, grammar)
         if timestamp_draw >= settings.timestamp_probability:
             target = grammar.without_timestamps(target)
         prompt = []
@@ -124,10 +127,11 @@ class Labeller:
 class ExampleMaker:
     """From a row to an Example: its audio decoded, its sequence built. Runs in DataLoader workers."""
 
-    def __init__(self, labeller: Labeller, window: Window, audio_column: str):
+    def __init__(self, labeller: Labeller, window: Window, audio_column: str, augment: WaveformAugment | None = None):
         self.labeller = labeller
         self.window = window
         self.audio_column = audio_column
+        self.augment = augment
 
     def __call__(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Example:
         """The example of a row; one with a problem where the audio cannot be used."""
@@ -138,7 +142,11 @@ class ExampleMaker:
         if len(samples) > self.window.samples:
             seconds = len(samples) / self.window.sampling_rate
             return Example(row_id, problem=f"longer than the window: {seconds:.1f} s of {self.window.seconds:g} s")
-        sequence = self.labeller.sequence(row, columns, row_id, epoch)
+        speed = 1.0
+        if self.augment:
+            draw = np.random.default_rng(_digest("augment", self.labeller.settings.seed, epoch, row_id))
+            samples, speed = self.augment(samples, self.window.samples, draw)
+        sequence = self.labeller.sequence(row, columns, row_id, epoch, speed)
         if sequence is None:
             return Example(row_id, problem="label longer than the decoder's positions")
         return Example(row_id, samples, sequence)
@@ -173,5 +181,9 @@ class Collator:
 
 def draws(seed: int, epoch: int, row_id: str) -> tuple[float, float]:
     """Two uniform numbers in [0, 1) that depend on nothing but the arguments."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{row_id}".encode(), digest_size=16).digest()
-    return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))
+    return tuple(part / 2**64 for part in divmod(_digest(seed, epoch, row_id), 2**64))
+
+
+def _digest(*parts) -> int:
+    """A number of 128 bits that the parts decide."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=16).digest(), "big")
