@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,12 +146,16 @@ def read_manifest(folder: OutputFolder, shard: ShardFile) -> dict | None:
 def write_readme(folder: OutputFolder, body: str) -> None:
     """Rewrite README.md so that its `configs:` lists the files that are there. Any process may do it at any time."""
     found: dict[str, set[str]] = {}
+    written: dict[str, list[str]] = {}
     for path in sorted((folder / f"{RECORDS}/shards").glob("*/*.json")):
         if json.loads(path.read_text(encoding="utf-8"))["rows"]:
             found.setdefault(path.parent.name, set()).add(path.name.rsplit("-of-", 1)[0].rsplit("-", 1)[0])
+            written.setdefault(path.parent.name, []).append(f"{path.name} {path.stat().st_mtime_ns}")
     configs = [
         {
             "config_name": config,
+            # `datasets` caches a local folder by the configs of its README alone: they must change with the files.
+            "description": hashlib.blake2b("\n".join(written[config]).encode(), digest_size=8).hexdigest(),
             **({"default": True} if position == 0 else {}),
             "data_files": [{"split": split, "path": f"{config}/{split}-[0-9]*.parquet"} for split in sorted(splits)],
         }
