@@ -154,26 +154,31 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
     for name, value in values.items():
         if name not in names:
             raise UserError(f"{path} names an unknown argument {name} {nearest(name, names)}")
-        flags.append(f"--{name}")
-        flags.extend(str(item) for item in value) if isinstance(value, list) else flags.append(str(value))
+        # Behind "=" a value may begin with dashes; a list has no such form.
+        flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags
 
 
 def _without_nones(argv: list[str], arguments: type) -> list[str]:
     """Drop `--name none` for arguments that may be absent, and whatever was given for that name before it."""
-    absent = {f"--{f.name}" for f in dataclasses.fields(arguments) if f.default is None}
-    absent |= {flag.replace("_", "-") for flag in absent}
-    kept: list[list[str]] = []
+    absent = {_spelling(f"--{f.name}") for f in dataclasses.fields(arguments) if f.default is None}
+    groups: list[list[str]] = []  # a flag and its values
     for token in argv:
-        if token.startswith("--") or not kept:
-            kept.append(token.split("=", 1) if token.startswith("--") and "=" in token else [token])
+        if token.startswith("--") or not groups:
+            groups.append([token])
         else:
-            kept[-1].append(token)
+            groups[-1].append(token)
     result: list[list[str]] = []
-    for group in kept:
-        if group[0] in absent and [value.lower() for value in group[1:]] == ["none"]:
-            spellings = {group[0].replace("-", "_").lstrip("_"), group[0].lstrip("-")}
-            result = [g for g in result if g[0].lstrip("-").replace("-", "_") not in spellings]
+    for group in groups:
+        name, _, value = group[0].partition("=")
+        values = [value, *group[1:]] if value else group[1:]
+        if _spelling(name) in absent and [value.lower() for value in values] == ["none"]:
+            result = [earlier for earlier in result if _spelling(earlier[0]) != _spelling(name)]
         else:
             result.append(group)
     return [token for group in result for token in group]
+
+
+def _spelling(flag: str) -> str:
+    """A flag without its value, alike whether it was written with - or _."""
+    return flag.partition("=")[0].replace("-", "_")
