@@ -24,6 +24,7 @@ from distil_whisper import hub
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse, split_plus
 from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment, WaveformAugment
+from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
@@ -111,6 +112,9 @@ class Arguments(ModelFields, DataFields, RunFields):
     noise_probability: float = option(0.0, "Share of the samples that white noise is added to.")
     noise_snr_db: list[float] = option([10.0, 30.0], "Range of its signal-to-noise ratio in dB.", nargs=2)
     speed_perturbation: list[float] = option([1.0, 1.0], "Range of the speed that audio is played at.", nargs=2)
+    cache_encoder_outputs: bool = option(False, "Keep encoder outputs on disk for later epochs (frozen encoder only).")
+    cache_teacher_states: bool = option(False, "Keep the teacher's last hidden states on disk for later epochs.")
+    cache_size_gb: float = option(50.0, "The most that both caches may take, in GB.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     per_device_train_batch_size: int = option(8, "Samples of a process in a batch.")
     per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.")
@@ -154,6 +158,7 @@ class Training:
     state: TrainerState = field(default_factory=TrainerState)
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     trackers: Trackers | None = None
+    caches: StateCaches | None = None
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -307,6 +312,24 @@ def spec_augment(args: Arguments, config) -> SpecAugment | None:
     return chosen if wanted else None
 
 
+def make_caches(run: Training, folder: OutputFolder, augment: WaveformAugment) -> StateCaches:
+    """The caches that were asked for. Raises UserError where augmentation or training makes them worthless."""
+    args, accelerator = run.args, run.accelerator
+    if augment:
+        raise UserError("caches cannot be used with noise or speed perturbation, which change the audio each time")
+    folder.claim("states")
+    accelerator.wait_for_everyone()
+    return open_caches(
+        folder / "states",
+        accelerator.unwrap_model(run.model),
+        args.cache_encoder_outputs,
+        args.cache_teacher_states,
+        args.cache_size_gb,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+
 def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW over what is trained; only matrices decay."""
     decaying = set(get_parameter_names(model, [torch.nn.LayerNorm], [r"bias$"]))
@@ -381,7 +404,8 @@ def optimizer_step(run: Training, group: list[Batch], tokens: torch.Tensor) -> t
     sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
     for position, batch in enumerate(group):
         with nullcontext() if position + 1 == len(group) else accelerator.no_sync(model):
-            losses = model(**batch.inputs(accelerator.device))
+            kept = run.caches(batch, accelerator.device) if run.caches else {}
+            losses = model(**batch.inputs(accelerator.device), **kept)
             # Wrappers average gradients over the processes; the sum over all of them is what is divided by all tokens.
             accelerator.backward(losses["loss"] * accelerator.num_processes / tokens)
         sums += torch.stack([losses[name].detach().double() for name in ("ce", "kl", "tokens")])
@@ -438,7 +462,7 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
         )
         save_whisper(folder, run.student, weights, card)
         if repo:
-            names = [name for name in folder.record["files"] if not name.startswith("checkpoint-")]
+            names = [name for name in folder.record["files"] if name in MODEL_FILES]
             print(f"pushed to {hub.push_folder(folder.path, repo, names, message='Trained student')}")
         print(f"saved in {folder.path}")
     run.accelerator.wait_for_everyone()
@@ -545,7 +569,11 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     labeller = Labeller(student.grammar, settings)
     sets = open_training_sets(args, student, labeller, run.accelerator.print)
     augment = WaveformAugment(args.noise_probability, tuple(args.noise_snr_db), tuple(args.speed_perturbation))
-    data = TrainingData(args, sets, ExampleMaker(labeller, student.window, args.audio_column_name, augment), run)
+    caching = args.cache_encoder_outputs or args.cache_teacher_states
+    if caching:
+        run.caches = make_caches(run, folder, augment)
+    maker = ExampleMaker(labeller, student.window, args.audio_column_name, augment, audio_keys=caching)
+    data = TrainingData(args, sets, maker, run)
     max_steps = steps_to_train(args, data.batches_per_epoch)
     go_on(run, max_steps)
     run.trackers = open_trackers(run, folder)

@@ -52,20 +52,26 @@ class Distiller(nn.Module):
         return self
 
     def forward(
-        self, waveforms: torch.Tensor, decoder_input_ids: torch.Tensor, labels: torch.Tensor
+        self,
+        waveforms: torch.Tensor,
+        decoder_input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        encoder_states: torch.Tensor | None = None,
+        teacher_hidden: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums over the valid tokens of the batch: loss (with gradient), ce, kl, tokens.
 
         waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length]. Both decoders get
-        the same decoder_input_ids. Padding stands to the right, where causal attention never looks.
+        the same decoder_input_ids. Padding stands to the right, where causal attention never looks. Where they were
+        kept, encoder_states [batch, positions, width] and teacher_hidden [batch, length, width] are not computed.
         """
-        features = self.log_mel(waveforms)
-        if self.spec_augment is not None and self.training:
-            features = self.spec_augment(features)  # before both encoders: student and teacher hear the same
-        teacher_hidden, teacher_states = self._run_teacher(features, decoder_input_ids)
-        states = teacher_states if self.shares_encoder else self._encode(features)
+        teacher_states = encoder_states
+        if encoder_states is None:
+            encoder_states, teacher_states = self.encode(waveforms)
+        if teacher_hidden is None and self.teacher is not None:
+            teacher_hidden = self.teacher_decoder(decoder_input_ids, teacher_states)
         student_hidden = self.student.model.decoder(
-            input_ids=decoder_input_ids, encoder_hidden_states=states, use_cache=False
+            input_ids=decoder_input_ids, encoder_hidden_states=encoder_states, use_cache=False
         ).last_hidden_state
         sums = distillation_loss(
             student_hidden,
@@ -78,20 +84,26 @@ class Distiller(nn.Module):
         )
         return {"loss": sums.loss, "ce": sums.ce, "kl": sums.kl, "tokens": sums.tokens}
 
-    def _encode(self, features: torch.Tensor) -> torch.Tensor:
+    def encode(self, waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Encoder states for the student and for the teacher: the same ones where the encoder is shared."""
+        features = self.log_mel(waveforms)
+        if self.spec_augment is not None and self.training:
+            features = self.spec_augment(features)  # before both encoders: student and teacher hear the same
+        teacher_states = None
+        if self.teacher is not None:
+            with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+                teacher_states = self.teacher.model.encoder(features.to(self.teacher.dtype)).last_hidden_state
+        if self.shares_encoder:
+            return teacher_states, teacher_states
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            return self.student.model.encoder(features).last_hidden_state
+            return self.student.model.encoder(features).last_hidden_state, teacher_states
 
-    def _run_teacher(self, features, decoder_input_ids):
-        """The teacher's last decoder states and encoder states, in its own dtype; (None, None) without a teacher."""
-        if self.teacher is None:
-            return None, None
-        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            states = self.teacher.model.encoder(features.to(self.teacher.dtype)).last_hidden_state
-            hidden = self.teacher.model.decoder(
+    def teacher_decoder(self, decoder_input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The teacher's last decoder states [batch, length, width], in its own dtype."""
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            return self.teacher.model.decoder(
                 input_ids=decoder_input_ids, encoder_hidden_states=states, use_cache=False
             ).last_hidden_state
-        return hidden, states
 
 
 def same_encoder(student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration) -> bool:

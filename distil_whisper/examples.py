@@ -45,11 +45,15 @@ class Example:
     samples: np.ndarray | None = None
     sequence: Sequence | None = None
     problem: str | None = None
+    audio_key: str = ""
 
 
 @dataclass
 class Batch:
-    """What the training step is given, and what the record of it needs."""
+    """What the training step is given, and what the record and the caches of it need.
+
+    audio_keys are digests of the samples ("" if they were not asked for), lengths the decoder positions in use.
+    """
 
     waveforms: torch.Tensor
     decoder_input_ids: torch.Tensor
@@ -57,6 +61,8 @@ class Batch:
     tokens: int
     seconds: float
     problems: list[tuple[str, str]]
+    audio_keys: list[str]
+    lengths: list[int]
 
     def inputs(self, device) -> dict[str, torch.Tensor]:
         """The training step's arguments, on a device."""
@@ -127,11 +133,19 @@ class Labeller:
 class ExampleMaker:
     """From a row to an Example: its audio decoded, its sequence built. Runs in DataLoader workers."""
 
-    def __init__(self, labeller: Labeller, window: Window, audio_column: str, augment: WaveformAugment | None = None):
+    def __init__(
+        self,
+        labeller: Labeller,
+        window: Window,
+        audio_column: str,
+        augment: WaveformAugment | None = None,
+        audio_keys: bool = False,
+    ):
         self.labeller = labeller
         self.window = window
         self.audio_column = audio_column
         self.augment = augment
+        self.audio_keys = audio_keys
 
     def __call__(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Example:
         """The example of a row; one with a problem where the audio cannot be used."""
@@ -149,7 +163,8 @@ class ExampleMaker:
         sequence = self.labeller.sequence(row, columns, row_id, epoch, speed)
         if sequence is None:
             return Example(row_id, problem="label longer than the decoder's positions")
-        return Example(row_id, samples, sequence)
+        key = hashlib.blake2b(samples.tobytes(), digest_size=12).hexdigest() if self.audio_keys else ""
+        return Example(row_id, samples, sequence, audio_key=key)
 
 
 class Collator:
@@ -176,7 +191,9 @@ class Collator:
             labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
         seconds = sum(len(part) for part in samples) / self.window.sampling_rate
         tokens = int((labels != IGNORED).sum())
-        return Batch(stack(samples, self.window), inputs, labels, tokens, seconds, problems)
+        keys = [example.audio_key for example in good] or [""]
+        lengths = [len(sequence.labels) for sequence in sequences]
+        return Batch(stack(samples, self.window), inputs, labels, tokens, seconds, problems, keys, lengths)
 
 
 def draws(seed: int, epoch: int, row_id: str) -> tuple[float, float]:

@@ -1,0 +1,180 @@
+"""Encoder outputs and the teacher's last hidden states, kept on disk for trainings of many epochs.
+
+Both are the same in every epoch as long as audio and labels are: the student's decoder is then all that is left to
+compute. They are kept as bfloat16 in memory-mapped files that grow to a limit; what comes later is computed each time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from distil_whisper.distiller import Distiller
+from distil_whisper.errors import UserError
+from distil_whisper.examples import Batch
+
+_BYTES = 2  # of a bfloat16
+
+
+class StateFile:
+    """Arrays [rows, width] by key, in one file that only grows, up to a limit in bytes.
+
+    Every process writes a file of its own and reads those of all: rows move between processes from epoch to epoch.
+    """
+
+    def __init__(self, folder: Path, name: str, width: int, limit: int, rank: int, processes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.width = width
+        self.rows_limit = limit // processes // (width * _BYTES)
+        self.rank = rank
+        self._data_paths = [folder / f"{name}-{process}.bf16" for process in range(processes)]
+        self._index_paths = [folder / f"{name}-{process}.jsonl" for process in range(processes)]
+        self._read = [0] * processes  # how far each index was read
+        self._places: dict[str, tuple[int, int, int]] = {}  # key -> process, first row, rows
+        self._used = 0
+        self._refresh()
+        self._data_paths[rank].touch()
+        self._data = self._data_paths[rank].open("r+b")
+        self._index = self._index_paths[rank].open("a", encoding="utf-8")
+
+    def get(self, key: str) -> torch.Tensor | None:
+        """The array of a key, None if there is none."""
+        if key not in self._places:
+            self._refresh()
+        if key not in self._places:
+            return None
+        process, first, rows = self._places[key]
+        offset = first * self.width * _BYTES
+        found = np.memmap(self._data_paths[process], np.uint16, "r", offset, shape=(rows, self.width))
+        return torch.from_numpy(found.copy()).view(torch.bfloat16)
+
+    def put(self, key: str, states: torch.Tensor) -> None:
+        """Keep an array, if there is room."""
+        rows = len(states)
+        if key in self._places or self._used + rows > self.rows_limit:
+            return
+        data = states.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        self._data.seek(self._used * self.width * _BYTES)
+        self._data.write(data.tobytes())
+        self._data.flush()  # the index must never be ahead of the data
+        self._index.write(json.dumps([key, self._used, rows]) + "\n")
+        self._index.flush()
+        self._places[key] = (self.rank, self._used, rows)
+        self._used += rows
+
+    def _refresh(self) -> None:
+        """Take in what the processes have added since."""
+        for process, path in enumerate(self._index_paths):
+            if not path.exists() or path.stat().st_size == self._read[process]:
+                continue
+            with path.open("rb") as file:
+                file.seek(self._read[process])
+                lines = file.read()
+            lines = lines[: lines.rfind(b"\n") + 1]
+            self._read[process] += len(lines)
+            for key, first, rows in map(json.loads, lines.splitlines()):
+                self._places[key] = (process, first, rows)
+                if process == self.rank:
+                    self._used = max(self._used, first + rows)
+
+
+class StateCaches:
+    """What a batch needs of the encoder and of the teacher, from the files where they have it.
+
+    Only for a frozen encoder that student and teacher share, and without augmentation. What is not kept has no file.
+    """
+
+    def __init__(self, distiller: Distiller, encoder: StateFile | None, teacher: StateFile | None):
+        self.distiller = distiller
+        self.encoder = encoder
+        self.teacher = teacher
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, device) -> dict[str, torch.Tensor]:
+        """The training step's further arguments."""
+        dtype = self.distiller.teacher.dtype
+
+        def encode(missing: list[int]) -> torch.Tensor:
+            return self.distiller.encode(batch.waveforms[missing].to(device))[1]
+
+        states = torch.stack([s.to(device, dtype) for s in _kept(self.encoder, batch.audio_keys, encode)])
+        if self.teacher is None:
+            return {"encoder_states": states}
+
+        def decode(missing: list[int]) -> torch.Tensor:
+            return self.distiller.teacher_decoder(batch.decoder_input_ids[missing].to(device), states[missing])
+
+        labelled = zip(batch.audio_keys, batch.decoder_input_ids, batch.lengths, strict=True)
+        keys = [_variant(*row) for row in labelled]
+        hidden = [h.to(device, dtype) for h in _kept(self.teacher, keys, decode, batch.lengths)]
+        padded = [pad(h, (0, 0, 0, batch.labels.shape[1] - len(h))) for h in hidden]
+        return {"encoder_states": states, "teacher_hidden": torch.stack(padded)}
+
+
+def open_caches(
+    folder: Path, distiller: Distiller, encoder: bool, teacher: bool, limit_gb: float, rank: int, processes: int
+) -> StateCaches:
+    """The caches of a training, below a folder of their teacher's own; limit_gb bounds them together.
+
+    Raises UserError where student and teacher share no encoder, or its input changes from epoch to epoch.
+    """
+    if not distiller.shares_encoder:
+        raise UserError(
+            "--cache_encoder_outputs and --cache_teacher_states need a teacher, --freeze_encoder and a student "
+            "encoder that equals the teacher's: otherwise its outputs change as it is trained"
+        )
+    if distiller.spec_augment is not None:
+        raise UserError(
+            "caches cannot be used with SpecAugment, which changes the input each time; give one of them up"
+        )
+    limit = int(limit_gb * 1e9)
+    teacher_limit = limit // 10 if encoder else limit  # the teacher's states are some twenty times smaller
+    folder = folder / _teacher_key(distiller)
+    config = distiller.teacher.config
+
+    def state_file(name: str, bytes_limit: int) -> StateFile:
+        return StateFile(folder, name, config.d_model, bytes_limit, rank, processes)
+
+    return StateCaches(
+        distiller,
+        state_file("encoder", limit - teacher_limit if teacher else limit) if encoder else None,
+        state_file("teacher", teacher_limit) if teacher else None,
+    )
+
+
+def _kept(
+    file: StateFile | None,
+    keys: list[str],
+    compute: Callable[[list[int]], torch.Tensor],
+    lengths: list[int] | None = None,
+) -> list[torch.Tensor]:
+    """An array for each key: from the file, else computed for all that it lacks at once, and then kept.
+
+    lengths: how many rows of each computed array are worth keeping, None for all.
+    """
+    found = [file.get(key) if file is not None and key else None for key in keys]
+    missing = [row for row, states in enumerate(found) if states is None]
+    for row, states in zip(missing, compute(missing) if missing else [], strict=True):
+        found[row] = states
+        if file is not None and keys[row]:
+            file.put(keys[row], states if lengths is None else states[: lengths[row]])
+    return found
+
+
+def _variant(audio_key: str, decoder_input_ids: torch.Tensor, length: int) -> str:
+    """The key of one labelling of a recording: timestamps and prompts make several of it."""
+    ids = decoder_input_ids[:length].numpy().tobytes()
+    return audio_key and hashlib.blake2b(audio_key.encode() + ids, digest_size=12).hexdigest()
+
+
+def _teacher_key(distiller: Distiller) -> str:
+    """A digest of the teacher and its compute type: the states of another one are not those of this one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in distiller.teacher.state_dict().items():
+        sums = tensor.double().sum().item(), tensor.double().square().sum().item()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {sums}".encode())
+    return digest.hexdigest()
