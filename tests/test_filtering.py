@@ -1,0 +1,178 @@
+"""Which rows are trained on, why others are not, and word errors of each utterance of a packed window."""
+
+import random
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+from rapidfuzz.distance import Levenshtein
+from transformers import WhisperTokenizer
+
+from distil_whisper import filtering
+from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
+from distil_whisper.filtering import KEPT, FilterSettings, RowFilter, keep_rows, table, utterance_errors, worst
+from distil_whisper.normalisation import normaliser
+from distil_whisper.tokens import Grammar
+
+PSEUDO = LabelColumns("text", True, "hi", "transcribe")
+TRANSCRIPTS = LabelColumns("text", False, "hi", "transcribe")
+HINDI, VOWELS_WRONG = "मैं हिन्दी बोलता हूँ", "मो हीन्दि बोलता हा"
+ABOVE = "WER above --wer_threshold"
+
+
+@pytest.fixture(scope="module")
+def grammar(toy_teacher):
+    return Grammar(WhisperTokenizer.from_pretrained(toy_teacher), True, 128)
+
+
+@pytest.fixture(scope="module")
+def make_filter(grammar):
+    """RowFilter of this toy, by its columns, settings and normaliser."""
+
+    def make(columns=PSEUDO, name="basic_keep_marks", **settings):
+        given = {"wer_threshold": None, "max_label_length": None, "window_seconds": 4.0, **settings}
+        labeller = Labeller(grammar, LabelSettings(0.2, 0.1, 0))
+        return RowFilter(labeller, columns, normaliser(name, "hi", grammar.tokenizer), FilterSettings(**given))
+
+    return make
+
+
+def row_of(transcript=" one two", text="one two", **values):
+    return {"whisper_transcript": transcript, "text": text, **values}
+
+
+@pytest.mark.parametrize(
+    "reason, columns, settings, row",
+    [
+        (KEPT, PSEUDO, {}, row_of()),
+        (KEPT, PSEUDO, {}, row_of(duration=4.0)),
+        ("audio longer than the window", PSEUDO, {}, row_of(duration=4.01)),
+        ("audio longer than the window", TRANSCRIPTS, {}, row_of(duration=4.01)),
+        (KEPT, PSEUDO, {}, row_of(duration=None)),
+        ("pseudo-label truncated", PSEUDO, {}, row_of(truncated=True)),
+        (KEPT, PSEUDO, {"drop_truncated": False}, row_of(truncated=True)),
+        (KEPT, TRANSCRIPTS, {}, row_of(truncated=True)),
+        ("empty transcript", PSEUDO, {}, row_of("")),
+        ("empty transcript", PSEUDO, {}, row_of(None)),
+        ("empty transcript", PSEUDO, {}, row_of("<|0.00|><|1.00|>")),
+        ("empty transcript", PSEUDO, {}, row_of("<|startoftranscript|><|hi|><|transcribe|><|endoftext|>")),
+        (KEPT, PSEUDO, {"drop_empty": False}, row_of("")),
+        ("empty transcript", TRANSCRIPTS, {}, row_of(text=" ")),
+        ("empty transcript", TRANSCRIPTS, {}, row_of(text=None)),
+        (KEPT, TRANSCRIPTS, {}, row_of("")),
+        (KEPT, PSEUDO, {"max_label_length": 4}, row_of("<|0.00|> one two<|1.00|>")),
+        ("label longer than --max_label_length", PSEUDO, {"max_label_length": 3}, row_of("<|0.00|> one two<|1.00|>")),
+        (KEPT, PSEUDO, {}, row_of(" one" * 124)),
+        ("label longer than the decoder's positions", PSEUDO, {}, row_of(" one" * 125)),
+        (KEPT, PSEUDO, {"drop_truncated": False}, row_of(" one" * 125, truncated=True)),
+        (KEPT, PSEUDO, {"wer_threshold": 50.0}, row_of(" one six")),
+        (ABOVE, PSEUDO, {"wer_threshold": 49.9}, row_of(" one six")),
+        (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of("<|0.00|> One, two!<|1.00|>")),
+        (KEPT, TRANSCRIPTS, {"wer_threshold": 0.0}, row_of(" six")),
+        (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", task="translate")),
+        (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", text=None)),
+        (KEPT, LabelColumns(None, True, "hi", "transcribe"), {"wer_threshold": 0.0}, row_of(" six")),
+        (ABOVE, PSEUDO, {"wer_threshold": 90.0}, row_of(" six", text="")),
+    ],
+)
+def test_reasons(make_filter, reason, columns, settings, row):
+    assert make_filter(columns, **settings)(row) == reason
+
+
+@pytest.mark.parametrize(
+    "stored, rate",
+    [
+        ({"wer": 12.5, "normalizer": "basic_keep_marks"}, 12.5),  # labelling counted already
+        ({"wer": 12.5, "normalizer": "english"}, 50.0),
+        ({"wer": None, "normalizer": "basic_keep_marks"}, 50.0),
+    ],
+)
+def test_a_stored_wer_counts_if_its_normaliser_is_ours(make_filter, stored, rate):
+    assert make_filter().word_error_rate(row_of(" one six", **stored)) == rate
+
+
+def test_a_packed_window_is_as_bad_as_its_worst_utterance(make_filter):
+    parts = ["one two three four", "nine nine"]
+    row = row_of(" one two three four five six", " ".join(parts), utterance_texts=parts)
+    assert make_filter(wer_threshold=40.0)(row) == ABOVE  # a third of the window's words, but one utterance is lost
+    assert make_filter(wer_threshold=40.0)({**row, "utterance_texts": None}) == KEPT
+    assert make_filter().word_error_rate(row) == 100.0
+    assert make_filter(wer_threshold=0.0)({**row, "utterance_texts": [parts[0], None]}) == KEPT
+
+
+@pytest.mark.parametrize("name, reason", [("basic_keep_marks", ABOVE), ("basic", KEPT)])
+def test_the_vowel_signs_of_hindi_count_unless_the_normaliser_deletes_them(make_filter, name, reason):
+    basic = normaliser("basic", "hi", None)
+    assert basic(HINDI) == basic(VOWELS_WRONG)
+    assert make_filter(name=name, wer_threshold=10.0)(row_of(f" {VOWELS_WRONG}", HINDI)) == reason
+    assert make_filter(name=name, wer_threshold=10.0)(row_of(f" {HINDI}।", HINDI)) == KEPT
+
+
+@pytest.mark.parametrize(
+    "references, hypothesis, errors",
+    [
+        (["a b", "c d"], "a b c d", [0, 0]),
+        (["a b", "c d"], "a x c d", [1, 0]),
+        (["a b", "c d"], "a b c x", [0, 1]),
+        (["a b", "c d"], "a b", [0, 2]),
+        (["a b", "c d"], "c d", [2, 0]),
+        (["a b", "c d"], "a b x c d", [1, 0]),  # an insertion belongs to the word before it
+        (["a b", "c d"], "a b c x d", [0, 1]),
+        (["a b", "c d"], "a b c d x y", [0, 2]),
+        (["a b", "c d"], "x a b c d", [1, 0]),
+        (["a b", "c d", "e"], "a b x x e", [0, 2, 0]),
+        (["a", "b", "c"], "a c", [0, 1, 0]),
+        (["", "a"], "a", [0, 0]),
+        (["a", "", "b"], "a x b", [1, 0, 0]),
+        (["a", ""], "a", [0, 0]),
+        (["a b"], "a x y", [2]),
+        (["a b"], "", [2]),
+        ([""], "x", [1]),
+        (["A, b!", "C"], "a b. c", [0, 0]),  # compared as the normaliser writes them
+    ],
+)
+def test_word_errors_of_each_utterance(references, hypothesis, errors):
+    rules = normaliser("basic", "hi", None)
+    found = utterance_errors(references, hypothesis, rules)
+    assert [pair.errors for pair in found] == errors
+    assert [pair.reference_words for pair in found] == [len(rules(text).split()) for text in references]
+
+
+def test_the_errors_of_the_utterances_are_those_of_the_window():
+    draw = random.Random(0)
+    for _ in range(200):
+        references = [" ".join(draw.choices("abcd", k=draw.randint(0, 4))) for _ in range(draw.randint(1, 5))]
+        hypothesis = draw.choices("abcd", k=draw.randint(0, 12))
+        found = utterance_errors(references, " ".join(hypothesis), str)
+        assert sum(pair.errors for pair in found) == Levenshtein.distance(" ".join(references).split(), hypothesis)
+
+
+def test_the_worst_has_the_highest_rate_not_the_most_errors():
+    found = utterance_errors(["a b c d e f", "g"], "a x y d e f z", str)
+    assert [pair.errors for pair in found] == [2, 1]
+    assert worst(found) == found[1]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_the_rows_that_are_kept_and_the_count_of_each_reason(make_filter, monkeypatch, num_proc):
+    monkeypatch.setattr(filtering, "ROWS_PER_TASK", 3)
+    transcripts = [" one two", "", " one two", " six", " one two", " six", " one", " one two"]
+    dataset = Dataset.from_list([row_of(transcript) for transcript in transcripts])
+    kept, reasons = keep_rows(dataset, make_filter(wer_threshold=50.0), num_proc)
+    assert kept.tolist() == [0, 2, 4, 6, 7]
+    assert reasons == Counter({KEPT: 5, "empty transcript": 1, ABOVE: 2})
+
+
+def test_no_row_at_all(make_filter):
+    kept, reasons = keep_rows(Dataset.from_dict({"text": []}), make_filter(), 1)
+    assert kept.tolist() == [] and not reasons
+
+
+def test_the_table_says_what_became_of_each_dataset():
+    counts = [("a/b/train", Counter({KEPT: 7, "empty transcript": 1, ABOVE: 12})), ("c", Counter({KEPT: 3}))]
+    assert table(counts).splitlines() == [
+        "a/b/train: 7 of 20 rows kept",
+        f"        12  {ABOVE}",
+        "         1  empty transcript",
+        "c: 3 of 3 rows kept",
+    ]
