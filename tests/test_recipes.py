@@ -183,7 +183,7 @@ def test_the_python_of_the_readme_runs(block, toy_names):
         [sys.executable, "-c", block], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip()
+    assert ("Environment works:" in ran.stdout) == ("Environment works:" in block)
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
@@ -235,3 +235,13 @@ def test_the_files_that_the_readme_names_exist():
     named = re.findall(r"[`(]((?:scripts|distil_whisper|tests)/[\w./]+|\w+\.(?:py|sh|toml))[`)]", README)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_links_inside_the_readme_lead_somewhere():
+    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    anchors = set()
+    for title in re.findall(r"^#+ (.*)$", prose, flags=re.MULTILINE):
+        slug = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        anchors.add(next(f"{slug}{end}" for end in ("", "-1", "-2") if f"{slug}{end}" not in anchors))
+    links = set(re.findall(r"\]\(#([\w-]+)\)", prose))
+    assert links and links <= anchors
