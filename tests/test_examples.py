@@ -9,7 +9,6 @@ from transformers import WhisperTokenizer
 from distil_whisper.audio import Window
 from distil_whisper.errors import UserError
 from distil_whisper.examples import (
-    Batch,
     Collator,
     Example,
     ExampleMaker,
