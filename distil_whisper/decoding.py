@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distil_whisper.audio import LogMel
 from distil_whisper.errors import UserError
+from distil_whisper.greedy import Rules, greedy_search
 from distil_whisper.models import LoadedWhisper
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
@@ -70,6 +71,29 @@ class Decoder:
         prefix = self.grammar.prefix(language, task, self.return_timestamps)
         features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
         encoded = self.model.get_encoder()(features).last_hidden_state
+        if self.num_beams == 1:
+            return self._greedy(encoded, prefix)
+        return self._beams(encoded, prefix, language, task)
+
+    def _greedy(self, encoded: torch.Tensor, prefix: list[int]) -> list[Decoded]:
+        config, grammar = self.model.config, self.grammar
+        rules = Rules(
+            self.model.generation_config,
+            config.vocab_size,
+            grammar.end,
+            grammar.no_timestamps,
+            self.return_timestamps,
+            encoded.device,
+        )
+        most = min(self.max_label_length, grammar.max_positions - len(prefix))
+        found = greedy_search(self.model, encoded, prefix, rules, most)
+        no_speech = found.first_logits.softmax(-1)[:, grammar.no_speech]
+        rows = zip(found.tokens, found.logprobs, no_speech.tolist(), strict=True)
+        return [self._decoded(*row) for row in rows]
+
+    def _beams(
+        self, encoded: torch.Tensor, prefix: list[int], language: str | None, task: str | None
+    ) -> list[Decoded]:
         scores = SearchScores(self.num_beams)
         with first_logits(self.model) as captured:
             # transformers adds the prefix to max_length, up to the decoder's positions
@@ -87,11 +111,10 @@ class Decoder:
         generated = output.sequences[:, len(prefix) :]
         if output.sequences[0, : len(prefix)].tolist() != prefix:
             raise RuntimeError(f"generate began with {output.sequences[0].tolist()}, expected {prefix}")
-        logprobs = scores.of_tokens(generated, getattr(output, "beam_indices", None))
+        logprobs = scores.of_tokens(generated, output.beam_indices)
         no_speech = captured[0][:: self.num_beams, 0].float().softmax(-1)[:, self.grammar.no_speech]
-        return [
-            self._decoded(*row) for row in zip(generated.tolist(), logprobs.tolist(), no_speech.tolist(), strict=True)
-        ]
+        rows = zip(generated.tolist(), logprobs.tolist(), no_speech.tolist(), strict=True)
+        return [self._decoded(*row) for row in rows]
 
     def _decoded(self, tokens: list[int], logprobs: list[float], no_speech_prob: float) -> Decoded:
         truncated = self.grammar.end not in tokens
@@ -101,14 +124,11 @@ class Decoder:
 
 
 class SearchScores(LogitsProcessor):
-    """Changes nothing, and keeps the log-probabilities of the tokens that a search can take at each step.
-
-    Greedy search takes the best one, beam search one of the best 2 * num_beams of a beam, so that nothing of the size
-    of the vocabulary is kept.
-    """
+    """Changes nothing, and keeps the log-probabilities of the tokens that a beam search can take at each step: one of
+    the best 2 * num_beams of a beam, so that nothing of the size of the vocabulary is kept."""
 
     def __init__(self, num_beams: int):
-        self.keep = 1 if num_beams == 1 else 2 * num_beams
+        self.keep = 2 * num_beams
         self.steps: list[tuple[torch.Tensor, torch.Tensor]] = []  # values and tokens, [B * num_beams, keep]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -116,16 +136,14 @@ class SearchScores(LogitsProcessor):
         self.steps.append((values - scores.float().logsumexp(-1, keepdim=True), tokens))
         return scores
 
-    def of_tokens(self, generated: torch.Tensor, beam_indices: torch.Tensor | None) -> torch.Tensor:
+    def of_tokens(self, generated: torch.Tensor, beam_indices: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [B, T] of generated tokens [B, T]; what follows an end token has no meaning.
 
-        beam_indices [B, T] says in which row each token was found, as `generate` returns it; None for greedy search.
+        beam_indices [B, T] says in which row each token was found, as `generate` returns it.
         """
         steps = self.steps[: generated.shape[1]]
         values = torch.stack([step[0] for step in steps], dim=1)
         tokens = torch.stack([step[1] for step in steps], dim=1)
-        if beam_indices is None:
-            return values[:, :, 0]
         rows = beam_indices[:, : len(steps)].clamp(min=0)
         steps_of = torch.arange(len(steps), device=rows.device)
         values, tokens = values[rows, steps_of], tokens[rows, steps_of]

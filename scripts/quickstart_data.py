@@ -76,8 +76,8 @@ class Speaker:
 
 
 def speakers(voices: list[str]) -> list[Speaker]:
-    """Each voice at three rates and two pitches."""
-    return [Speaker(*of) for of in product(voices, (160, 180, 200), (40, 60))]
+    """Each voice at two rates and two pitches."""
+    return [Speaker(*of) for of in product(voices, (170, 190), (45, 55))]
 
 
 def write_utterances(folder: Path, split: str, count: int, voices: list[str], noise: float, draw) -> None:
@@ -122,7 +122,7 @@ def write_windows(folder: Path, grammar: Grammar, draw) -> None:
             )
             write(
                 {
-                    "audio": {"bytes": encode_flac(noisy(samples, draw.uniform(0, 0.03), draw), RATE), "path": None},
+                    "audio": {"bytes": encode_flac(noisy(samples, draw.uniform(0, 0.015), draw), RATE), "path": None},
                     "text": " ".join(words),
                     "whisper_transcript": transcript,
                     "condition_on_prev": previous,
@@ -145,7 +145,7 @@ def compose(utterances: list[tuple[list[str], np.ndarray]], draw) -> tuple[np.nd
         window[int(at * RATE) :][: len(samples)] += draw.uniform(0.6, 1.0) * samples
         transcript += f"<|{round(at, 1):.2f}|> {' '.join(words)}<|{round(end, 1):.2f}|>"
         spoken += words
-        at = end + draw.choice([0.0, draw.uniform(0, 0.9)])
+        at = end + draw.uniform(0.1, 0.8)
     return window, transcript, spoken
 
 
@@ -182,7 +182,7 @@ def main(argv=None) -> None:
     for split, count in SPLITS.items():
         unseen = split == "test_ood"
         write_utterances(
-            args.data_dir, split, count, UNSEEN_VOICES if unseen else VOICES, 0.02 if unseen else 0.003, draw
+            args.data_dir, split, count, UNSEEN_VOICES if unseen else VOICES, 0.01 if unseen else 0.003, draw
         )
     write_long(args.data_dir, draw)
     write_windows(args.data_dir, Grammar(tokenizer, True, 96), draw)
