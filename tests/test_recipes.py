@@ -232,7 +232,7 @@ def test_the_readme_explains_every_column_of_the_hand_off_dataset():
 
 
 def test_the_files_that_the_readme_names_exist():
-    named = re.findall(r"[`(]((?:scripts|distil_whisper|tests)/[\w./]+|\w+\.(?:py|sh|toml))[`)]", README)
+    named = re.findall(r"[`(]((?:scripts|distil_whisper|tests|benchmarks)/[\w./]+|\w+\.(?:py|sh|toml))[`)]", README)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
 
