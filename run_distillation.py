@@ -34,13 +34,18 @@ from distil_whisper.losses import LossWeights
 from distil_whisper.meters import Meter
 from distil_whisper.mixing import EpochOrder, MapBatches, Share, StreamBatches, TrainingSet, map_loader, stream_loader
 from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save_whisper
-from distil_whisper.normalisation import normaliser
 from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
-from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
-from distil_whisper.training_sets import language_columns, open_training_sets, require_language, sampling_weights
+from distil_whisper.trackers import METRICS_FILE, Trackers, project_configuration, resolve_report_to
+from distil_whisper.training_sets import (
+    language_columns,
+    open_training_sets,
+    require_language,
+    sampling_weights,
+    transcript_normaliser,
+)
 from distil_whisper.validation import ValidationSet, Validator
 
 STAGE = "run_distillation"
@@ -281,11 +286,11 @@ class TrainingData:
 def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Accelerator, collator: Collator) -> Validator:
     """What measures the student on the evaluation datasets."""
     sources = open_sources(args, "eval")
-    spoken = language_columns(args, student)
     sets = []
     for source, text in zip(sources, columns_of(args, "eval", sources, "eval_text_column_name"), strict=True):
-        require_language(student, source, spoken)
-        sets.append(ValidationSet(source.label, source, replace(spoken, text=text)))
+        columns = replace(language_columns(args, student, source), text=text)
+        require_language(student, source, columns)
+        sets.append(ValidationSet(source.label, source, columns, transcript_normaliser(args, student, columns)))
     decoder = (
         Decoder(student, num_beams=args.generation_num_beams, max_label_length=args.generation_max_length)
         if args.predict_with_generate
@@ -300,7 +305,6 @@ def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Acceler
         args.per_device_eval_batch_size,
         args.dataloader_num_workers,
         decoder,
-        normaliser(args.normalizer, spoken.language or spoken.default_language, student.tokenizer),
     )
 
 
@@ -462,7 +466,7 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
         )
         save_whisper(folder, run.student, weights, card)
         if repo:
-            names = [name for name in folder.record["files"] if name in MODEL_FILES]
+            names = [*MODEL_FILES, METRICS_FILE]
             print(f"pushed to {hub.push_folder(folder.path, repo, names, message='Trained student')}")
         print(f"saved in {folder.path}")
     run.accelerator.wait_for_everyone()

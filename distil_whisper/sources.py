@@ -1,6 +1,7 @@
 """Several datasets by `+`: the lists of names, configurations, splits and columns, opened together."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 from distil_whisper.arguments import split_plus
 from distil_whisper.errors import UserError
@@ -67,6 +68,13 @@ def open_sources(args, prefix: str = "dataset") -> list[Source]:
             strict=True,
         )
     ]
+
+
+def first_row(source: Source, *columns: str) -> dict:
+    """What the first row of a dataset holds in those of the columns that there are."""
+    there = [name for name in columns if name in source.column_names]
+    rows = chain.from_iterable(source.rows(unit.index, there) for unit in source.units)
+    return next(rows, {}) if there else {}
 
 
 def columns_of(args, prefix: str, sources: list[Source], flag: str) -> list[str | None]:

@@ -9,19 +9,31 @@ from distil_whisper.examples import LabelColumns, Labeller
 from distil_whisper.filtering import FilterSettings, RowFilter, keep_rows, table
 from distil_whisper.mixing import TrainingSet
 from distil_whisper.models import LoadedWhisper
-from distil_whisper.normalisation import normaliser
+from distil_whisper.normalisation import Normaliser, normaliser
 from distil_whisper.reading import Source, require_columns
-from distil_whisper.sources import SourceFlags, columns_of, open_sources
+from distil_whisper.sources import SourceFlags, columns_of, first_row, open_sources
 from distil_whisper.tokens import language_and_task
 
 PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
 
 
-def language_columns(args, student: LoadedWhisper) -> LabelColumns:
-    """What decides a row's language and task: the flags, then the row, then the student's generation config."""
-    language, task = language_and_task(args.language, args.task, student.grammar, None)
-    default_language, default_task = language_and_task(None, None, student.grammar, student.model.generation_config)
+def language_columns(args, student: LoadedWhisper, source: Source) -> LabelColumns:
+    """What decides a row's language and task: the flags, then the row, then the first row of its dataset, then the
+    student's generation config."""
+    grammar = student.grammar
+    language, task = language_and_task(args.language, args.task, grammar, None)
+    first = first_row(source, "language", "task") if grammar.multilingual else {}
+    default_language, default_task = language_and_task(
+        first.get("language"), first.get("task"), grammar, student.model.generation_config
+    )
     return LabelColumns(None, False, language, task if args.task else None, default_language, default_task)
+
+
+def transcript_normaliser(args, student: LoadedWhisper, columns: LabelColumns) -> Normaliser:
+    """The normaliser of a dataset's transcripts, by its language; translations are English."""
+    translated = (columns.task or columns.default_task) == "translate"
+    language = "en" if translated else columns.language or columns.default_language
+    return normaliser(args.normalizer, language, student.tokenizer)
 
 
 def require_language(student: LoadedWhisper, source: Source, columns: LabelColumns) -> None:
@@ -48,7 +60,7 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
                 f"--wer_threshold compares pseudo-labels with transcripts, and {source.label} has no column text; "
                 "name theirs with --text_column_name"
             )
-        columns = replace(language_columns(args, student), text=text, pseudo=pseudo)
+        columns = replace(language_columns(args, student, source), text=text, pseudo=pseudo)
         require_language(student, source, columns)
         result.append(columns)
     return result
@@ -67,8 +79,7 @@ def open_training_sets(
     for source, columns in zip(sources, label_columns(args, student, sources), strict=True):
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
         say(f"{source.label}: training on the {labels}")
-        language = columns.language or columns.default_language
-        row_filter = RowFilter(labeller, columns, normaliser(args.normalizer, language, student.tokenizer), settings)
+        row_filter = RowFilter(labeller, columns, transcript_normaliser(args, student, columns), settings)
         sets.append(TrainingSet(source, columns, row_filter))
         if not args.streaming:
             rows = source.dataset.remove_columns(args.audio_column_name)

@@ -23,11 +23,22 @@ SHOWN = 50  # predictions that trackers with tables are given
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """One held-out dataset: its transcripts are what the student is measured against."""
+    """One held-out dataset: its transcripts, normalised, are what the student is measured against."""
 
     name: str
     source: Source
     columns: LabelColumns
+    normaliser: Normaliser
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of a row: its transcript, and the language and task that the student is told."""
+
+    row_id: str
+    text: str
+    language: str | None
+    task: str | None
 
 
 @dataclass
@@ -48,7 +59,7 @@ class ValidationBatches(IterableDataset):
         self.collator = collator
         self.share = share
 
-    def __iter__(self) -> Iterator[tuple[Batch, list[tuple[str, str]]]]:
+    def __iter__(self) -> Iterator[tuple[Batch, list[Reference]]]:
         info = get_worker_info()
         count, mine = (info.num_workers, info.id) if info else (1, 0)
         size = self.share.batch_size * self.share.processes
@@ -62,13 +73,16 @@ class ValidationBatches(IterableDataset):
             for number, row in enumerate(source.rows(unit)):
                 yield source.row_id(unit, number), row
 
-    def _batch(self, rows: list[tuple[str, dict]], counts: bool) -> tuple[Batch, list[tuple[str, str]]]:
-        """A batch, and (row id, reference) of each of its examples."""
-        columns = self.held_out.columns
+    def _batch(self, rows: list[tuple[str, dict]], counts: bool) -> tuple[Batch, list[Reference]]:
+        """A batch, and the reference of each of its examples."""
+        columns, labeller = self.held_out.columns, self.maker.labeller
         examples = [self.maker(row, columns, row_id, 0) if counts else Example(row_id) for row_id, row in rows]
-        texts = {row_id: row[columns.text] or "" for row_id, row in rows}
-        good = [example.row_id for example in examples if example.sequence is not None]
-        return self.collator(examples), [(row_id, texts[row_id]) for row_id in good]
+        references = [
+            Reference(row_id, row[columns.text] or "", labeller.language(row, columns), labeller.task(row, columns))
+            for (row_id, row), example in zip(rows, examples, strict=True)
+            if example.sequence is not None
+        ]
+        return self.collator(examples), references
 
 
 class Validator:
@@ -84,7 +98,6 @@ class Validator:
         batch_size: int,
         num_workers: int,
         decoder: Decoder | None,
-        normaliser: Normaliser,
     ):
         self.sets = sets
         self.accelerator = accelerator
@@ -93,7 +106,6 @@ class Validator:
         self.share = Share(accelerator.process_index, accelerator.num_processes, batch_size)
         self.num_workers = num_workers
         self.decoder = decoder
-        self.normaliser = normaliser
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, weights: LossWeights) -> Validation:
@@ -125,16 +137,25 @@ class Validator:
             losses = model(**batch.inputs(self.accelerator.device))
             sums += torch.stack([losses[name].detach().double().cpu() for name in ("ce", "kl", "tokens")])
             problems += batch.problems
-            if self.decoder is not None and references:
-                with self.accelerator.autocast():
-                    columns = held_out.columns
-                    language = columns.language or columns.default_language
-                    decoded = self.decoder(batch.waveforms, language, columns.task or columns.default_task)
-                texts = [plain_text(self.decoder.grammar.decode(row.ids)) for row in decoded]
-                spoken += [(*reference, text) for reference, text in zip(references, texts, strict=True)]
-        self._record(held_out.name, sums, gather_object(problems), gather_object(spoken), weights, result)
+            if self.decoder is not None:
+                spoken += self._transcribe(batch.waveforms, references)
+        self._record(held_out, sums, gather_object(problems), gather_object(spoken), weights, result)
 
-    def _record(self, name, sums, problems, spoken, weights, result: Validation) -> None:
+    def _transcribe(self, waveforms: torch.Tensor, references: list[Reference]) -> list[tuple[str, str, str]]:
+        """(row id, reference, prediction) of each row of a batch; a call of the decoder has one language and task."""
+        kinds = [(reference.language, reference.task) for reference in references]
+        spoken = []
+        for kind in dict.fromkeys(kinds):
+            chosen = [index for index, other in enumerate(kinds) if other == kind]
+            with self.accelerator.autocast():
+                decoded = self.decoder(waveforms[chosen], *kind)
+            for index, row in zip(chosen, decoded, strict=True):
+                text = plain_text(self.decoder.grammar.decode(row.ids))
+                spoken.append((references[index].row_id, references[index].text, text))
+        return spoken
+
+    def _record(self, held_out, sums, problems, spoken, weights, result: Validation) -> None:
+        name = held_out.name
         ce, kl, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
         tokens = max(tokens, 1)
         loss = (weights.ce * ce + weights.kl * weights.temperature**2 * kl) / tokens
@@ -144,7 +165,7 @@ class Validator:
             result.notes.append(f"{name}: {len(problems)} rows left out of the evaluation, such as {row_id}: {reason}")
         if spoken:
             spoken.sort()
-            scores = score([row[2] for row in spoken], [row[1] for row in spoken], self.normaliser)
+            scores = score([row[2] for row in spoken], [row[1] for row in spoken], held_out.normaliser)
             result.values |= {
                 f"eval/{name}/{figure}": scores[figure] for figure in ("wer", "cer", "wer_ortho", "cer_ortho")
             }
