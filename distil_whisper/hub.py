@@ -105,7 +105,7 @@ def model_card(
     name is its repository id or folder; facts are further lines (parameters, hours of audio). Folders of this machine
     appear by their last name only, and only names on the Hub become links; no license is claimed.
     """
-    datasets, results = list(datasets), list(results)
+    datasets, results = list(dict.fromkeys(datasets)), list(results)
     title = PurePath(name).name
     metadata = ModelCardData(
         base_model=teacher if is_hub_id(teacher) else None,
