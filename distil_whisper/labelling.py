@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,8 @@ class UnitLabeller:
             decoded = self.decoder(waveforms, self.settings.language, self.settings.task)
             rows = []
             for window, result in zip(batch, decoded, strict=True):
-                prompt = previous.get(window.recording_id) if self.columns.owner or window.cut else None
+                follows = (self.columns.owner or window.cut) and not window.after_gap
+                prompt = previous.get(window.recording_id) if follows else None
                 rows.append(self.row(window, result, prompt))
                 previous[window.recording_id] = None if result.truncated else result.ids
             tally.rows += len(rows)
@@ -113,50 +114,45 @@ class UnitLabeller:
             if not self.settings.concatenate:
                 return chain.from_iterable(cut)
             return self._packed_between_long(utterances, size, rate)
-        fitting = self._fitting(utterances, size, rate, tally)
-        return packing.pack(fitting, size) if self.settings.concatenate else map(packing.single, fitting)
+        return packing.pack(utterances, size) if self.settings.concatenate else map(packing.single, utterances)
 
     def _packed_between_long(self, utterances: Iterable[Utterance], size: int, rate: int) -> Iterator[WindowAudio]:
         """Short utterances packed; a long one closes the windows before it and is cut."""
-        run: list[Utterance] = []
-        for utterance in utterances:
-            if len(utterance.samples) <= size:
-                run.append(utterance)
+        for fits, run in groupby(utterances, lambda utterance: len(utterance.samples) <= size):
+            if fits:
+                yield from packing.pack(run, size)
                 continue
-            yield from packing.pack(run, size)
-            yield from packing.split(utterance, size, rate)
-            run = []
-        yield from packing.pack(run, size)
-
-    @staticmethod
-    def _fitting(utterances: Iterable[Utterance], size: int, rate: int, tally: Tally) -> Iterator[Utterance]:
-        for utterance in utterances:
-            if len(utterance.samples) <= size:
-                yield utterance
-            else:
-                found = f"{len(utterance.samples) / rate:.2f} s of audio, the window is {size / rate:g} s"
-                tally.skip(utterance.row_id, f"longer than the window: {found}")
+            for utterance in run:
+                yield from packing.split(utterance, size, rate)
 
     def utterances(self, source: Source, unit: int, tally: Tally) -> Iterator[Utterance]:
-        """A unit's rows with their audio decoded, in order; rows that cannot be read are noted and left out.
+        """A unit's rows with their audio decoded, in order; rows that cannot be labelled are noted and left out.
 
         Threads decode ahead: soundfile and soxr do not hold the interpreter's lock.
         """
+        gaps: set[str] = set()
         rows = ((source.row_id(unit, number), row) for number, row in enumerate(source.rows(unit)))
         for row_id, row, samples, problem in _ahead(self._decoded, rows, self.settings.num_workers):
-            if problem is not None:
-                tally.skip(row_id, problem)
-                continue
             owner = self.columns.owner
             recording = str(row[owner]) if owner and row[owner] is not None else row_id
-            yield Utterance(row_id, recording, row, samples)
+            if problem is not None:
+                tally.skip(row_id, problem)
+                gaps.add(recording)
+                continue
+            yield Utterance(row_id, recording, row, samples, recording in gaps)
+            gaps.discard(recording)
 
     def _decoded(self, item: tuple[str, dict]) -> tuple[str, dict, np.ndarray | None, str | None]:
         row_id, row = item
+        window = self.whisper.window
         try:
-            return row_id, row, decode(row[self.columns.audio], self.whisper.window.sampling_rate), None
+            samples = decode(row[self.columns.audio], window.sampling_rate)
         except AudioError as error:
             return row_id, row, None, str(error)
+        if len(samples) > window.samples and not self.settings.split_long:
+            found = f"{len(samples) / window.sampling_rate:.2f} s of audio, the window is {window.seconds:g} s"
+            return row_id, row, None, f"longer than the window: {found}"
+        return row_id, row, samples, None
 
     def row(self, window: WindowAudio, decoded: Decoded, prompt: list[int] | None) -> dict:
         """One row of the hand-off dataset."""
@@ -187,7 +183,11 @@ class UnitLabeller:
         """The columns of the source. Audio is the bytes that came, or FLAC where it was joined or cut."""
         first = window.parts[0].row
         if not window.cut and not self.settings.concatenate:
-            return {self.renamed[n]: _stored(v) if n == self.columns.audio else v for n, v in first.items()}
+            return {
+                self.renamed[name]: _stored(value) if name == self.columns.audio else value
+                for name, value in first.items()
+                if name in self.renamed
+            }
         columns = self.columns
         kept = {self.renamed[name]: first[name] for name in columns.kept_in_windows() if name in self.renamed}
         flac = encode_flac(window.samples, self.whisper.window.sampling_rate)

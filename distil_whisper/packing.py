@@ -12,12 +12,14 @@ _FRAME_S = 0.02  # step in which a quiet place to cut is looked for, and a fifth
 
 @dataclass(frozen=True)
 class Utterance:
-    """A row of the source with its audio decoded (mono, the model's rate)."""
+    """A row of the source with its audio decoded (mono, the model's rate). after_gap: the row before it of the same
+    recording was left out."""
 
     row_id: str
     recording_id: str
     row: dict
     samples: np.ndarray
+    after_gap: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class WindowAudio:
     def recording_id(self) -> str:
         """Whose audio it is."""
         return self.parts[0].recording_id
+
+    @property
+    def after_gap(self) -> bool:
+        """Whether what comes before it in its recording was left out."""
+        return self.parts[0].after_gap and self.window_start == 0.0
 
 
 def single(utterance: Utterance) -> WindowAudio:
