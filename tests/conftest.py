@@ -4,12 +4,15 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ import soxr
 import toy_whisper
 from speech import SAMPLING_RATE, speak
 
+pytest_plugins = ["stages"]
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 REAL_TOKENIZER = ROOT.parent / "shared" / "whisper-tokenizer"
