@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,8 +12,7 @@ from pathlib import Path
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-CACHE = tempfile.TemporaryDirectory(prefix="datasets-")
-os.environ["HF_DATASETS_CACHE"] = CACHE.name
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
 import numpy as np
 import pytest
@@ -55,6 +55,13 @@ def make_utterances(count: int, seed: int = 0, words: int = 3) -> list[Utterance
         samples = soxr.resample(speak(text, voice), SAMPLING_RATE, 16_000).astype(np.float32)
         result.append(Utterance(f"utterance-{index}", text, voice, samples))
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache():
+    """What `datasets` caches goes with the session: the same folder names hold other data in the next one."""
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Stage 3 as a user runs it, on a toy teacher and student: the three methods, the data, what is evaluated and saved."""
+"""Stage 3 as a user runs it, on a toy teacher: the three methods, the data, what is evaluated and saved."""
 
 from collections import Counter
 from dataclasses import replace

@@ -13,9 +13,30 @@ from transformers import WhisperForConditionalGeneration
 
 from distil_whisper.models import load_whisper
 
-LABELLING = ["--dataset_config_name", "default", "--dataset_split_name", "train+test", "--text_column_name", "text", "--id_column_name", "id", "--wandb_project", "distil-whisper-labelling", "--per_device_eval_batch_size", "64", "--dtype", "bfloat16", "--dataloader_num_workers", "16", "--preprocessing_num_workers", "1", "--logging_steps", "500", "--max_label_length", "60", "--report_to", "wandb", "--language", "en", "--task", "transcribe", "--return_timestamps", "--attn_type", "flash_attn", "--streaming", "False", "--generation_num_beams", "1", "--decode_token_ids", "False", "--push_to_hub"]
-TRAINING = ["--train_dataset_config_name", "default+default", "--train_split_name", "train+test", "--text_column_name", "text+text", "--train_dataset_samples", "10+5", "--eval_dataset_config_name", "default", "--eval_split_name", "test", "--eval_text_column_name", "text", "--eval_steps", "2", "--save_steps", "2", "--warmup_steps", "1", "--learning_rate", "0.0001", "--lr_scheduler_type", "constant_with_warmup", "--logging_steps", "1", "--save_total_limit", "1", "--max_steps", "3", "--wer_threshold", "1000", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--dataloader_num_workers", "0", "--preprocessing_num_workers", "1", "--ddp_timeout", "7200", "--dtype", "bfloat16", "--output_dir", "./", "--do_train", "--do_eval", "--gradient_checkpointing", "--overwrite_output_dir", "--predict_with_generate", "--freeze_encoder", "--streaming", "False", "--push_to_hub"]
-LOCAL_JSON = ["--train_dataset_name", "datasets/train.json", "--train_dataset_config_name", "zh", "--train_split_name", "train", "--text_column_name", "sentence", "--train_dataset_samples", "10", "--eval_dataset_name", "datasets/dev.json", "--eval_dataset_config_name", "zh", "--eval_split_name", "test", "--eval_text_column_name", "sentence", "--eval_steps", "2", "--save_steps", "2", "--warmup_steps", "1", "--learning_rate", "0.0001", "--lr_scheduler_type", "constant_with_warmup", "--logging_steps", "1", "--save_total_limit", "1", "--max_steps", "3", "--wer_threshold", "10", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--dataloader_num_workers", "0", "--preprocessing_num_workers", "1", "--ddp_timeout", "7200", "--dtype", "bfloat16", "--output_dir", "./", "--do_train", "--do_eval", "--gradient_checkpointing", "--overwrite_output_dir", "--predict_with_generate", "--freeze_encoder", "--streaming", "False"]
+LABELLING = """
+  --dataset_config_name default --dataset_split_name train+test --text_column_name text --id_column_name id
+  --wandb_project distil-whisper-labelling --per_device_eval_batch_size 64 --dtype bfloat16
+  --dataloader_num_workers 16 --preprocessing_num_workers 1 --logging_steps 500 --max_label_length 60
+  --report_to wandb --language en --task transcribe --return_timestamps --attn_type flash_attn --streaming False
+  --generation_num_beams 1 --decode_token_ids False --push_to_hub
+"""
+SCHEDULE = """
+  --eval_steps 2 --save_steps 2 --warmup_steps 1 --learning_rate 0.0001 --lr_scheduler_type constant_with_warmup
+  --logging_steps 1 --save_total_limit 1 --max_steps 3 --per_device_train_batch_size 4 --per_device_eval_batch_size 4
+  --dataloader_num_workers 0 --preprocessing_num_workers 1 --ddp_timeout 7200 --dtype bfloat16 --output_dir ./
+  --do_train --do_eval --gradient_checkpointing --overwrite_output_dir --predict_with_generate --freeze_encoder
+  --streaming False
+"""
+TRAINING = """
+  --train_dataset_config_name default+default --train_split_name train+test --text_column_name text+text
+  --train_dataset_samples 10+5 --eval_dataset_config_name default --eval_split_name test --eval_text_column_name text
+  --wer_threshold 1000 --push_to_hub
+"""
+LOCAL_JSON = """
+  --train_dataset_name datasets/train.json --train_dataset_config_name zh --train_split_name train
+  --text_column_name sentence --train_dataset_samples 10 --eval_dataset_name datasets/dev.json
+  --eval_dataset_config_name zh --eval_split_name test --eval_text_column_name sentence --wer_threshold 10
+"""
 
 
 def test_the_tutorial_from_a_model_repository_to_the_hub(taught, speech_folder, tmp_path):
@@ -31,13 +52,15 @@ def test_the_tutorial_from_a_model_repository_to_the_hub(taught, speech_folder, 
         env = {**hub.environment(tmp_path), "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
         teacher, labelled = f"{USER}/teacher", f"{USER}/labelled"
         names = ["--model_name_or_path", teacher, "--dataset_name", f"{USER}/speech", "--output_dir", "./labelled"]
-        ran = [launch("run_pseudo_labelling.py", *names, *LABELLING, cwd=tmp_path, env=env)]
+        ran = [launch("run_pseudo_labelling.py", *names, *LABELLING.split(), cwd=tmp_path, env=env)]
         names = ["--teacher_checkpoint", teacher, "--encoder_layers", 2, "--decoder_layers", 2]
         copied = repository / "create_student_model.py"
         ran += [launch(copied, *names, "--save_dir", "./init", cwd=repository, env=env)]
         names = ["--model_name_or_path", "./init", "--teacher_model_name_or_path", teacher, *ENGLISH]
         names += ["--train_dataset_name", f"{labelled}+{labelled}", "--eval_dataset_name", labelled]
-        ran += [launch(repository / "run_distillation.py", *names, *TRAINING, cwd=repository, env=env)]
+        ran += [
+            launch(repository / "run_distillation.py", *names, *(TRAINING + SCHEDULE).split(), cwd=repository, env=env)
+        ]
         assert [(one.code, "Traceback" in one.stderr) for one in ran] == [(0, False)] * 3, ran
         data, model = hub.files(labelled, "dataset"), hub.files(f"{USER}/distil-toy")
 
@@ -74,10 +97,12 @@ def test_local_json_files_as_in_the_tutorial(student, taught, utterances, tmp_pa
     (tmp_path / "metrics.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
     models = ["--model_name_or_path", student, "--teacher_model_name_or_path", taught, "--report_to", "none"]
-    run("run_distillation", *models, *LOCAL_JSON)
+    run("run_distillation", *models, *(LOCAL_JSON + SCHEDULE).split())
     assert metrics(tmp_path, "eval/wer")[-1]["step"] == 3 and metrics(tmp_path, "train/kl")[-1]["train/kl"] > 0
     assert weights(tmp_path).keys() == weights(student).keys()
-    run("run_distillation", *models, *LOCAL_JSON)  # --overwrite_output_dir: afresh, and only what is ours goes
+    run(
+        "run_distillation", *models, *(LOCAL_JSON + SCHEDULE).split()
+    )  # --overwrite_output_dir: afresh, and only what is ours goes
     assert [line["step"] for line in metrics(tmp_path, "train/loss")] == [1, 2, 3]
     assert (tmp_path / "metrics.txt").read_text() == "mine" and (tmp_path / "datasets/train.json").exists()
 
