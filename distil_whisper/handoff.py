@@ -6,6 +6,7 @@
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from datasets import Audio, Features, List, Value
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, write_text
 
 ROWS_PER_GROUP = 100
+SLICE_MARKS = {"[": "_", "]": "", ":": "to", "%": "pct"}
 TEXT, REAL = Value("string"), Value("float64")
 WRITTEN = {  # the columns that labelling adds
     "whisper_transcript": TEXT,
@@ -71,7 +73,10 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One output file: a unit of one split of one configuration."""
+    """One output file: a unit of one split of one configuration.
+
+    `datasets` wants letters, digits and _ in the name of a split, so a slice such as train[:100] is called train_to100.
+    """
 
     config: str
     split: str
@@ -79,14 +84,20 @@ class ShardFile:
     of: int
 
     @property
+    def stem(self) -> str:
+        """Its configuration, split and number."""
+        split = re.sub(r"\W", lambda found: SLICE_MARKS.get(found.group(), "_"), self.split)
+        return f"{self.config}/{split}-{self.index:05d}-of-{self.of:05d}"
+
+    @property
     def name(self) -> str:
         """Its path below the output folder."""
-        return f"{self.config}/{self.split}-{self.index:05d}-of-{self.of:05d}.parquet"
+        return f"{self.stem}.parquet"
 
     @property
     def manifest(self) -> str:
         """What is said of the finished unit, even if it left no row."""
-        return f"{RECORDS}/shards/{self.config}/{self.split}-{self.index:05d}-of-{self.of:05d}.json"
+        return f"{RECORDS}/shards/{self.stem}.json"
 
 
 def schema(
