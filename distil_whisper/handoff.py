@@ -75,7 +75,7 @@ MEANINGS = {
 class ShardFile:
     """One output file: a unit of one split of one configuration.
 
-    `datasets` wants letters, digits and _ in the name of a split, so a slice such as train[:100] is called train_to100.
+    `datasets` takes only letters, digits and _ in the name of a split: the slice train[:100] is called train_to100.
     """
 
     config: str
