@@ -20,7 +20,7 @@ FILE_NAME = "file_name"
 FOLDER_AUDIO_COLUMN = "audio"
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|validation|val|dev|eval)([._-].*)?")
 _AUDIO_SUFFIXES = frozenset(AudioFolder.EXTENSIONS) | {".oga", ".aif", ".m4a", ".aac"}
-_WHOLE, _DECIMAL = re.compile(r"0|-?[1-9]\d{0,17}"), re.compile(r"-?(0|[1-9]\d*)\.\d+([eE][-+]?\d+)?")
+_WHOLE, _DECIMAL = re.compile(r"0|-?[1-9]\d{0,17}"), re.compile(r"-?(0|[1-9]\d*)?\.\d+([eE][-+]?\d+)?")
 
 
 def read_manifest(path: Path, audio_column: str) -> Dataset:

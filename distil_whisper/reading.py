@@ -24,6 +24,7 @@ from datasets import (
     config as datasets_config,
 )
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.cache.cache import Cache
 from httpx2 import HTTPError, TransportError
 
@@ -59,12 +60,13 @@ class Source:
     None if streaming. Can be pickled.
     """
 
-    def __init__(self, name, config, split, data: Dataset | IterableDataset, units: list[Unit], streaming: bool):
-        self.name = name
-        self.config = config
-        self.split = split
+    def __init__(self, name, config, split, audio_column, data: Dataset | IterableDataset, units, streaming: bool):
+        self.name: str = name
+        self.config: str = config
+        self.split: str = split
+        self.audio_column: str = audio_column
         self.streaming = streaming
-        self.units = units
+        self.units: list[Unit] = units
         self.label = f"{_basename(name)}/{config}/{split}"
         self.features: Features = data.features
         self._data = data
@@ -90,7 +92,10 @@ class Source:
         try:
             for table in self._tables(unit_index, columns or self.column_names, start):
                 for index in range(table.num_rows):
-                    yield table.slice(index, 1).to_pylist()[0]
+                    row = table.slice(index, 1).to_pylist()[0]
+                    if self.audio_column in row and row[self.audio_column] is None:
+                        row[self.audio_column] = {"bytes": None, "path": None}
+                    yield row
         except _UNREADABLE as error:
             raise UserError(f"unit {unit_index} of {self.label} cannot be read: {_reason(error)}") from error
 
@@ -150,7 +155,7 @@ def open_source(
         found = nearest(audio_column, data.features)
         raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
     data = _undecoded(data, audio_column)
-    return Source(name, config, split, data, _units(data, lengths, rows_per_unit), streaming)
+    return Source(name, config, split, audio_column, data, _units(data, lengths, rows_per_unit), streaming)
 
 
 def require_columns(source: Source, **columns: str | None) -> None:
@@ -236,6 +241,11 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
         ) from error
     except _UNREADABLE as error:
         raise _config_error(name, config, error) from error
+    if isinstance(builder, AudioFolder):
+        raise UserError(
+            f"{name} holds audio files that are not on this disk, or packed; fetch or unpack them (hf download {name} "
+            "--repo-type dataset --local-dir FOLDER) and give the folder"
+        )
     _known_split(split, builder.config.data_files or builder.info.splits or [], name)
     return builder
 

@@ -1,0 +1,116 @@
+"""The recordings of an evaluation: rows with transcripts, shared among processes, decoded by workers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from distil_whisper.audio import AudioError, decode
+from distil_whisper.errors import UserError
+from distil_whisper.reading import Source
+
+LANGUAGE_COLUMN = "language"
+TOO_LONG = "longer than the window"
+Place = tuple[int, int]  # unit of the source, and row in it
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a split keeps its audio and its transcripts."""
+
+    audio: str
+    text: str
+
+    def in_source(self, source: Source) -> list[str]:
+        """The columns to read, with the one that names the language, if there is one."""
+        wanted = (self.audio, self.text, LANGUAGE_COLUMN)
+        return [name for name in dict.fromkeys(wanted) if name in source.column_names]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A row that was read: its place, transcript and samples (mono), or the problem for which there are none."""
+
+    place: Place
+    row_id: str
+    reference: str = ""
+    language: str | None = None
+    samples: np.ndarray | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the rows a process takes, and the most rows of a split (None: all)."""
+
+    rank: int
+    processes: int
+    limit: int | None = None
+
+
+class Recordings(IterableDataset):
+    """The recordings of one process in order, read and decoded in the DataLoader's workers.
+
+    sampling_rate in hertz; longest: samples that a recording may have, None for any length. What makes the whole
+    split unusable comes as a UserError in place of a recording: a DataLoader would wrap its words in a traceback.
+    """
+
+    def __init__(self, source: Source, columns: Columns, sampling_rate: int, longest: int | None, share: Share):
+        self.source = source
+        self.columns = columns
+        self.sampling_rate = sampling_rate
+        self.longest = longest
+        self.share = share
+
+    def __iter__(self) -> Iterator[Recording | UserError]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        known = self.source.num_rows is not None
+        try:
+            for place, row in self._known_rows(worker, workers) if known else self._streamed_rows(worker, workers):
+                yield self._recording(place, row)
+        except UserError as error:
+            yield error
+
+    def _known_rows(self, worker: int, workers: int) -> Iterator[tuple[Place, dict]]:
+        """A run of rows, where it is known how many there are."""
+        share, columns = self.share, self.columns.in_source(self.source)
+        part, parts = share.rank * workers + worker, share.processes * workers
+        total = self.source.num_rows if share.limit is None else min(self.source.num_rows, share.limit)
+        first, last = total * part // parts, total * (part + 1) // parts
+        while first < last:
+            unit, start = self.source.locate(first)
+            count = min(self.source.units[unit].rows - start, last - first)
+            for row, values in enumerate(islice(self.source.rows(unit, columns, start), count), start):
+                yield (unit, row), values
+            first += count
+
+    def _streamed_rows(self, worker: int, workers: int) -> Iterator[tuple[Place, dict]]:
+        """Units of its own for every worker; where there are fewer units than processes (or a limit, which counts
+        rows of all units), every process reads all rows with one worker and takes those of its turn."""
+        share, units = self.share, range(len(self.source.units))
+        if share.limit is None and len(units) >= share.processes:
+            yield from self._rows_of(units[share.rank :: share.processes][worker::workers])
+        elif worker == 0:
+            yield from islice(self._rows_of(units), share.rank, share.limit, share.processes)
+
+    def _rows_of(self, units: range) -> Iterator[tuple[Place, dict]]:
+        columns = self.columns.in_source(self.source)
+        for unit in units:
+            for row, values in enumerate(self.source.rows(unit, columns)):
+                yield (unit, row), values
+
+    def _recording(self, place: Place, row: dict) -> Recording:
+        row_id = self.source.row_id(*place)
+        reference = row[self.columns.text]
+        if not isinstance(reference, str):
+            return Recording(place, row_id, problem=f"no transcript in column {self.columns.text}")
+        try:
+            samples = decode(row[self.columns.audio], self.sampling_rate)
+        except AudioError as error:
+            return Recording(place, row_id, problem=str(error))
+        if self.longest is not None and len(samples) > self.longest:
+            return Recording(place, row_id, problem=TOO_LONG)
+        return Recording(place, row_id, reference, row.get(LANGUAGE_COLUMN), samples)
