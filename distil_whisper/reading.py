@@ -2,6 +2,7 @@
 
 import bisect
 import difflib
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -231,6 +232,8 @@ def _sliced(dataset: Dataset, split: str) -> Dataset:
 def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
     try:
         builder = load_dataset_builder(name, config, cache_dir=cache_dir)
+        if os.path.isdir(name):
+            builder = load_dataset_builder(name, builder.config.name, cache_dir=_cache_of_files(builder, cache_dir))
     except DatasetNotFoundError as error:
         raise UserError(
             f"there is no dataset {name}: no such folder, and none on the Hub that you may read"
@@ -248,6 +251,20 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
         )
     _known_split(split, builder.config.data_files or builder.info.splits or [], name)
     return builder
+
+
+def _cache_of_files(builder, cache_dir: str | None) -> str:
+    """A cache folder for the files of a local dataset as they are now.
+
+    `datasets` caches a local folder by its last name and by its README.md, not by its files: another folder of that
+    name, or the same one with other files, would silently be read as what it was.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for files in (builder.config.data_files or {}).values():
+        for file in files:
+            found = os.stat(file)
+            digest.update(f"{os.path.realpath(file)} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return os.path.join(cache_dir or datasets_config.HF_DATASETS_CACHE, f"local-{digest.hexdigest()}")
 
 
 def _config_error(name: str, config: str | None, error: Exception) -> UserError:

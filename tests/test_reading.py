@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Utterance, launch
+from conftest import Utterance, launch, write_audio_dataset
 from datasets import Audio, Dataset, DatasetDict, Features, Value
 from hub_server import HubServer
 from torch.utils.data import DataLoader, IterableDataset
@@ -528,3 +528,15 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     assert ended.stderr.strip() == (
         "error: there is no folder someone/digits, and the Hub cannot be reached for a dataset of that name"
     )
+
+
+def test_a_changed_folder_is_read_as_it_is_now(tmp_path, utterances, open_source):
+    """datasets' own cache knows a local folder by its last name and its README.md alone."""
+    readme = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n"
+    texts = []
+    for place, part in (("one", utterances[:2]), ("two", utterances[2:5]), ("one", utterances[5:6])):
+        folder = write_audio_dataset(tmp_path / place / "speech", part, files=1)
+        (folder / "README.md").write_text(readme)
+        source = open_source(str(folder))
+        texts.append([row["text"] for row in source.rows(0)])
+    assert texts == [[u.text for u in part] for part in (utterances[:2], utterances[2:5], utterances[5:6])]
