@@ -1,0 +1,44 @@
+"""What the user sees of a mistake: one sentence on stderr, exit code 2."""
+
+import pytest
+from torch._utils import ExceptionWrapper
+
+from distil_whisper.errors import UserError, exit_on_user_error, nearest
+
+SENTENCE = "--split tran is not there (allowed: test, train; did you mean train?)"
+
+
+@pytest.mark.parametrize(
+    "found, allowed, words",
+    [
+        ("tran", ["train", "test"], "(allowed: test, train; did you mean train?)"),
+        ("zzz", ["train", "test"], "(allowed: test, train)"),
+        ("x7", [f"x{index:02d}" for index in range(30)], "... (30 in all); did you mean x07?)"),
+    ],
+)
+def test_what_is_allowed_and_what_is_nearest(found, allowed, words):
+    assert nearest(found, allowed).endswith(words)
+
+
+def fail():
+    raise UserError(SENTENCE)
+
+
+def fail_in_a_worker():
+    try:
+        fail()
+    except UserError:
+        ExceptionWrapper(where="in DataLoader worker process 0").reraise()  # what a DataLoader does with it
+
+
+@pytest.mark.parametrize("main", [fail, fail_in_a_worker])
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, main):
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"error: {SENTENCE}\n")
+
+
+def test_errors_of_ours_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_on_user_error(lambda: 1 / 0)
