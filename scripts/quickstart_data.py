@@ -177,7 +177,9 @@ def main(argv=None) -> None:
     parser.add_argument("--model_dir", type=Path, required=True)
     args = parser.parse_args(argv)
     draw = np.random.default_rng(0)
-    toy_whisper.save(args.model_dir, [" " + " ".join(WORDS)] * 3, WINDOW_S, d_model=128, max_target_positions=96)
+    toy_whisper.save(
+        args.model_dir, [" " + " ".join(WORDS)] * 3, WINDOW_S, d_model=128, encoder_layers=1, max_target_positions=96
+    )
     tokenizer = WhisperTokenizer.from_pretrained(args.model_dir)
     for split, count in SPLITS.items():
         unseen = split == "test_ood"
