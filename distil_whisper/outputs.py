@@ -13,6 +13,7 @@ from pathlib import Path
 from distil_whisper.errors import UserError
 
 RECORDS = ".distil_whisper"  # below the output folder: what each stage wrote, and the lock of a stage that runs
+_HALF = re.compile(r"\.(.+)\.\d+\.partial")  # see atomic_path
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -40,6 +41,7 @@ class OutputFolder:
             raise UserError(f"{flag} {path} cannot be written to: {error.strerror}") from error
         self._lock = self._take_lock()
         self.record = self._read_record(stage)
+        self._remove_halves()
         if overwrite:
             self._remove_ours()
 
@@ -133,6 +135,14 @@ class OutputFolder:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return descriptor
+
+    def _remove_halves(self) -> None:
+        """Delete what killed runs of this stage left half written."""
+        ours = {self.path / name for name in self.record["files"]}
+        for half in [half for folder in {path.parent for path in ours} for half in folder.glob(".*.partial")]:
+            match = _HALF.fullmatch(half.name)
+            if match and half.parent / match.group(1) in ours:
+                remove(half)
 
     def _remove_ours(self) -> None:
         for name in self.record["files"]:
