@@ -22,7 +22,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     try:
         main()
     except UserError as error:
-        # A DataLoader's worker sends its traceback along: the sentence is what stands behind the last name of the class.
+        # A DataLoader's worker sends its traceback along: the sentence stands behind the last name of the class.
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)

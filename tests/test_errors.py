@@ -13,7 +13,7 @@ SENTENCE = "--split tran is not there (allowed: test, train; did you mean train?
     [
         ("tran", ["train", "test"], "(allowed: test, train; did you mean train?)"),
         ("zzz", ["train", "test"], "(allowed: test, train)"),
-        ("x7", [f"x{index:02d}" for index in range(30)], "... (30 in all); did you mean x07?)"),
+        ("29x", [f"x{index:02d}" for index in range(30)], "... (30 in all); did you mean x29?)"),
     ],
 )
 def test_what_is_allowed_and_what_is_nearest(found, allowed, words):
