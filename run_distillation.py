@@ -354,6 +354,7 @@ def train(run: Training, data: TrainingData, max_steps: int) -> None:
     args, state = run.args, run.state
     batches = data.batches(state.step * args.gradient_accumulation_steps)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
+    run.model.train()  # checkpoints are loaded in evaluation mode
     with StopRequest() as stop, progress:
         while state.step < max_steps:
             group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
