@@ -97,8 +97,7 @@ class UnitLabeller:
             decoded = self.decoder(waveforms, self.settings.language, self.settings.task)
             rows = []
             for window, result in zip(batch, decoded, strict=True):
-                follows = (self.columns.owner or window.cut) and not window.after_gap
-                prompt = previous.get(window.recording_id) if follows else None
+                prompt = None if window.after_gap else previous.get(window.recording_id)
                 rows.append(self.row(window, result, prompt))
                 previous[window.recording_id] = None if result.truncated else result.ids
             tally.rows += len(rows)
