@@ -57,7 +57,7 @@ configs:
 
 Synthetic speech: a small vocabulary spoken by eSpeak NG.
 """
-SPLITS = {"train": 3000, "test": 200, "test_ood": 200}
+SPLITS = {"train": 5000, "test": 200, "test_ood": 200}
 WINDOWS = 3000
 LONG_RECORDINGS, LONG_S = 6, 62
 
