@@ -137,6 +137,8 @@ def test_a_common_voice_archive_becomes_a_folder_with_three_splits(tmp_path):
             (f"{row.id}.mp3", f'"{row.text}', row.speaker) for row in rows
         ]
         assert [len(decode(row["audio"], 16_000)) > 1000 for row in found] == [True] * len(rows)
+        lines = (folder / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        assert all((folder / line.split("\t")[0]).is_file() for line in lines)
 
 
 def test_every_run_of_the_sweep_is_a_command_of_the_script():
