@@ -131,7 +131,7 @@ def half_precision(student, teacher):
     [
         (True, {}, None, True),
         (False, {}, None, False),
-        (True, {"encoder_layers": 1}, None, False),  # the widths match all the same
+        (True, {"encoder_layers_numbers": [0]}, None, False),  # the widths match, and all weights that are there
         (True, {"encoder_layers_numbers": [1, 0]}, None, False),
         (True, {}, other_weights, False),
         (True, {}, other_width, False),
@@ -205,6 +205,7 @@ def test_the_teacher_is_not_part_of_what_is_trained_wrapped_and_saved(make, batc
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     distiller.train()
     assert not distiller.teacher.training
+    assert not any(parameter.requires_grad for parameter in distiller.teacher.parameters())
     distiller(**batch.inputs("cpu"))["loss"].backward()
     optimizer.step()
     assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
