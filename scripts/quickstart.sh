@@ -24,8 +24,10 @@ stage() {
 }
 
 common=(--language en --report_to none)
-train=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no run_distillation.py
-    "${common[@]}" --do_train --adam_beta2 0.98 --warmup_steps 50 --logging_steps 50 --save_steps 250
+# What a person would answer to accelerate config; by itself it gives a process one thread.
+launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+    --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')")
+train=("${launch[@]}" run_distillation.py "${common[@]}" --do_train --adam_beta2 0.98 --warmup_steps 50 --logging_steps 50 --save_steps 250
     --save_total_limit 1 --per_device_train_batch_size 24 --per_device_eval_batch_size 50)
 
 stage data python scripts/quickstart_data.py --data_dir "$out/data" --model_dir "$out/teacher_init"
@@ -35,8 +37,7 @@ stage teacher "${train[@]}" --model_name_or_path "$out/teacher_init" --kl_weight
     --timestamp_probability 0.5 --condition_on_prev_probability 0.1 \
     --learning_rate 2e-3 --max_steps 1000 --output_dir "$out/teacher"
 
-stage labelled accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-    run_pseudo_labelling.py "${common[@]}" --model_name_or_path "$out/teacher" --dataset_name "$out/data" \
+stage labelled "${launch[@]}" run_pseudo_labelling.py "${common[@]}" --model_name_or_path "$out/teacher" --dataset_name "$out/data" \
     --concatenate_audio --recording_id_column_name recording --id_column_name id --speaker_id_column_name speaker \
     --return_timestamps --max_label_length 64 --per_device_eval_batch_size 32 --output_dir "$out/labelled"
 
