@@ -99,7 +99,7 @@ class UnitLabeller:
             for window, result in zip(batch, decoded, strict=True):
                 prompt = None if window.after_gap else previous.get(window.recording_id)
                 rows.append(self.row(window, result, prompt))
-                previous[window.recording_id] = None if result.truncated else result.ids
+                previous[window.recording_id] = None if result.truncated else self.decoder.grammar.spoken(result.ids)
             tally.rows += len(rows)
             tally.seconds += sum(row["duration"] for row in rows)
             yield rows
@@ -161,7 +161,7 @@ class UnitLabeller:
         return {
             **self._kept(window),
             "whisper_transcript": transcript,
-            "whisper_token_ids": None if self.settings.decode_token_ids else decoded.ids,
+            "whisper_token_ids": None if self.settings.decode_token_ids else grammar.spoken(decoded.ids),
             "tokenizer_fingerprint": grammar.fingerprint,
             "condition_on_prev": prompt,
             "language": self.settings.language,

@@ -135,6 +135,10 @@ class Grammar:
             raise UserError(f"whisper_token_ids hold {unknown}: they were written with another tokenizer")
         return Target(ids, any(self.is_timestamp(token) for token in ids))
 
+    def spoken(self, ids: list[int]) -> list[int]:
+        """Generated tokens without special ones, which a model may make up in the middle of a text."""
+        return [token for token in ids if token < self.end or self.is_timestamp(token)]
+
     def without_timestamps(self, target: Target) -> Target:
         """The same words with no timestamp tokens."""
         return Target([token for token in target.ids if not self.is_timestamp(token)], False)

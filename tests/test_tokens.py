@@ -335,3 +335,10 @@ def test_an_english_only_model_is_told_nothing(english_only, language, task, wor
     with pytest.raises(UserError, match=f"{words}.*English-only"):
         language_and_task(language, task, english_only, GenerationConfig())
     assert language_and_task(None, "transcribe", english_only, GenerationConfig(language="en")) == (None, None)
+
+
+def test_special_tokens_that_a_model_made_up_are_not_spoken(grammar):
+    words = grammar.encode_text(" one two")
+    made_up = [grammar.timestamp(0.0), words[0], grammar.start, grammar.no_timestamps, *words[1:]]
+    assert grammar.spoken(made_up) == [grammar.timestamp(0.0), *words]
+    assert grammar.target_of_ids(grammar.spoken(made_up)).has_timestamps
