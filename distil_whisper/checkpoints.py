@@ -32,7 +32,7 @@ STATE_FILE, OPTIMIZER_FILE, MODEL_FILE = "trainer_state.json", "optimizer.safete
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STUDENT = "student."  # the student's place in the training step
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_FLAT = replace(_FULL, flatten_optimizer_state_dict=True)
+_MOMENTS = "state."
 
 
 @dataclass
@@ -77,11 +77,11 @@ class Checkpoints:
     ) -> None:
         """Take a copy of the student and of what trains it, and write it while training goes on."""
         weights = _copied(student_weights(model), accelerator)
-        moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        moments = get_optimizer_state_dict(model, optimizer, options=_FULL)
         if not accelerator.is_main_process:
             return
         self.finish()
-        moments = _copied({n: value for n, value in moments.items() if isinstance(value, torch.Tensor)}, accelerator)
+        moments = _copied(_flat(moments), accelerator)
         state = copy.deepcopy(state)
         scheduled = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
         self._writing = self._writer.submit(self._write, student, weights, moments, scheduled, state)
@@ -103,15 +103,18 @@ class Checkpoints:
         path = self.path(step)
         stored = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         self._load_weights(path, model)
-        moments = get_optimizer_state_dict(model, optimizer, options=_FLAT)
+        moments = get_optimizer_state_dict(model, optimizer)  # not gathered: the names and the settings are known
         loaded = load_file(path / OPTIMIZER_FILE)
-        if loaded.keys() != {name for name, value in moments.items() if isinstance(value, torch.Tensor)}:
+        if loaded.keys() != _flat(moments).keys():
             raise UserError(
                 f"{path} was written with other trained layers than this command trains (is --freeze_encoder the "
                 "same?); use the same arguments, another --output_dir, or --overwrite_output_dir"
             )
-        set_optimizer_state_dict(model, optimizer, {**moments, **loaded}, options=_FLAT)
-        scheduler.load_state_dict(stored["scheduler"])
+        for name, tensor in loaded.items():
+            parameter, kind = name.removeprefix(_MOMENTS).rsplit(".", 1)
+            moments["state"][parameter][kind] = tensor
+        set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
+        scheduler.load_state_dict({**scheduler.state_dict(), **stored["scheduler"]})
         state = TrainerState(**stored["state"])
         state.figures = {int(step): value for step, value in state.figures.items()}
         return state
@@ -156,6 +159,12 @@ def student_weights(model) -> dict[str, torch.Tensor]:
     """The student's weights by its own names, gathered on the CPU. Every process must call it."""
     weights = get_model_state_dict(model, options=_FULL)
     return {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()}
+
+
+def _flat(moments: dict) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by parameter and kind (torch's own flattening cannot be loaded back when gathered)."""
+    states = moments["state"] if moments else {}  # gathered, only the main process has them
+    return {f"{_MOMENTS}{name}.{kind}": value for name, kinds in states.items() for kind, value in kinds.items()}
 
 
 def _copied(tensors: dict[str, torch.Tensor], accelerator: Accelerator) -> dict[str, torch.Tensor]:
