@@ -87,7 +87,8 @@ def open_training_sets(
             sets[-1].kept, reasons = keep_rows(rows, row_filter, args.preprocessing_num_workers)
             counts.append((source.label, reasons))
             if not len(sets[-1].kept):
-                raise UserError(f"no row of {source.label} is left to train on: {table(counts[-1:])}")
+                found = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+                raise UserError(f"no row of {source.label} is left to train on ({found})")
     if counts:
         say(table(counts))
     return sets
