@@ -1,0 +1,66 @@
+"""Two processes give what one gives: the same rows, the same losses for the same global batches, the same figures."""
+
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import launch
+from stages import ENGLISH, SPEAKERS, metrics, train_few, weights
+
+TRAINING = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
+EVALUATION = ["--do_eval", "--predict_with_generate", "--eval_steps", 2]
+WHOLE = ["--per_device_train_batch_size", 6, "--per_device_eval_batch_size", 6, "--gradient_accumulation_steps", 2]
+HALF = ["--per_device_train_batch_size", 3, "--per_device_eval_batch_size", 3, "--gradient_accumulation_steps", 2]
+
+
+def train_twice(student, labelled, folder, flags, start=lambda one, two: None):
+    """Train in one process and in two; the second run begins with what `start` puts into its folder."""
+    one = train_few(student, labelled, folder / "one", *flags, "--save_steps", 2, *WHOLE)
+    start(one, folder / "two")
+    names = ["--model_name_or_path", student, "--train_dataset_name", labelled, "--output_dir", folder / "two"]
+    few = ["--max_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--do_train", "--report_to", "none"]
+    ran = launch("run_distillation.py", *names, *few, *flags, *HALF, processes=2)
+    assert ran.code == 0, ran.stderr
+    expected, found = metrics(one), metrics(folder / "two")
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for line, other in zip(expected, found, strict=True):
+        line.pop("train/padding", None)
+        assert {name: other[name] for name in line} == pytest.approx(line, rel=1e-3)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(folder / "two")[name], atol=1e-4), name
+    return ran.stdout
+
+
+def test_training_goes_on_in_two_processes(student, taught, labelled, tmp_path):
+    """From a checkpoint of one process. Seven rows to evaluate: the last batch has one for two processes."""
+
+    def start(one, two):
+        shutil.copytree(one, two, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors", "*.lock"))
+        shutil.copytree(one / "checkpoint-2", two / "checkpoint-2", dirs_exist_ok=True)
+
+    flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test[:7]", "--teacher_model_name_or_path", taught]
+    said = train_twice(student, labelled, tmp_path, flags, start)
+    assert "going on from" in said and "step 1: " not in said
+    assert said.count("step 3: loss") == said.count("runs once for both") == 1
+
+
+@pytest.mark.slow
+def test_streamed_training_in_two_processes(student, taught, labelled, tmp_path):
+    flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test", "--teacher_model_name_or_path", taught]
+    train_twice(student, labelled, tmp_path, [*flags, "--streaming"])
+
+
+def test_labelling_in_two_processes(taught, labelled, speech_folder, tmp_path):
+    names = ["--model_name_or_path", taught, "--dataset_name", speech_folder, "--output_dir", tmp_path / "labelled"]
+    flags = ["--dataset_split_name", "train+test", "--return_timestamps", "--decode_token_ids", False]
+    ran = launch("run_pseudo_labelling.py", *names, *ENGLISH, *SPEAKERS, *flags, "--report_to", "none", processes=2)
+    assert ran.code == 0, ran.stderr
+    paths = sorted(path.relative_to(labelled) for path in (labelled / "default").glob("*.parquet"))
+    assert paths == sorted(
+        path.relative_to(tmp_path / "labelled") for path in (tmp_path / "labelled/default").iterdir()
+    )
+    for path in paths:
+        assert pq.read_table(labelled / path).equals(pq.read_table(tmp_path / "labelled" / path))
+    found, expected = metrics(tmp_path / "labelled"), metrics(labelled)
+    assert [{**line, "step": 0} for line in found] == [{**line, "step": 0} for line in expected]

@@ -1,0 +1,187 @@
+"""A run that was stopped and started again ends as one that was not: losses, weights and rows, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights
+
+import run_distillation
+import run_pseudo_labelling
+from distil_whisper.validation import Validation, Validator
+
+EVERYTHING_RANDOM = """
+  --language en --kl_weight 0 --gradient_accumulation_steps 2 --timestamp_probability 0.5
+  --condition_on_prev_probability 0.5 --noise_probability 0.5 --speed_perturbation 0.9 1.1 --apply_spec_augment
+  --mask_time_prob 0.2 --mask_feature_prob 0.2 --shuffle_buffer_size 10 --save_steps 2 --max_steps 5
+""".split()  # noqa: SIM905
+
+
+class Killed(BaseException):
+    """In place of SIGKILL, within this process."""
+
+
+@pytest.fixture(scope="module")
+def forgetful(student, tmp_path_factory):
+    """The student with dropout."""
+    folder = shutil.copytree(student, tmp_path_factory.mktemp("forgetful") / "student")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.1, "attention_dropout": 0.1}))
+    return folder
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Stops the training of this process in its step of that number (from 0), once, by a function."""
+    step = run_distillation.optimizer_step
+
+    def arrange(number, how):
+        def stopping(training, *rest):
+            if training.state.step == number:
+                monkeypatch.setattr(run_distillation, "optimizer_step", step)
+                training.checkpoints.finish()
+                how()
+            return step(training, *rest)
+
+        monkeypatch.setattr(run_distillation, "optimizer_step", stopping)
+
+    return arrange
+
+
+def kill():
+    raise Killed
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+@pytest.mark.parametrize(("streaming", "step", "how"), [(False, 3, kill), (True, 1, terminate)])
+def test_resumed_training_equals_an_unbroken_one(streaming, step, how, forgetful, labelled, stop, tmp_path):
+    """Shuffling, dropout, augmentation and accumulation are on; only the broken run has workers. A signal is heeded
+    at the end of the next step."""
+    evaluate = ["--do_eval", "--eval_split_name", "test", "--predict_with_generate", "--eval_steps", 3]
+    flags = [*EVERYTHING_RANDOM, *evaluate, "--streaming", streaming]
+    unbroken = train_few(forgetful, labelled, tmp_path / "unbroken", *flags)
+    workers = ["--dataloader_num_workers", 2]
+    stop(step, how)
+    with pytest.raises((Killed, SystemExit)) as stopped:
+        train_few(forgetful, labelled, tmp_path / "broken", *flags, *workers)
+    assert getattr(stopped.value, "code", 143) == 143
+    assert (tmp_path / "broken/checkpoint-2").exists() and not (tmp_path / "broken/model.safetensors").exists()
+    broken = train_few(forgetful, labelled, tmp_path / "broken", *flags, *workers)
+    assert metrics(broken) == metrics(unbroken)
+    assert [line["step"] for line in metrics(broken, "train/loss")] == [1, 2, 3, 4, 5]
+    assert same(broken, unbroken) and not same(broken, forgetful)
+
+
+def test_training_that_was_killed_from_outside(student, labelled, tmp_path):
+    flags = [*EVERYTHING_RANDOM, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+    unbroken = train_few(student, labelled, tmp_path / "unbroken", *flags)
+    names = ["--model_name_or_path", student, "--train_dataset_name", labelled, "--output_dir", tmp_path / "broken"]
+    command = [
+        ROOT / "run_distillation.py",
+        *names,
+        "--do_train",
+        "--report_to",
+        "none",
+        "--learning_rate",
+        1e-3,
+        *flags,
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    python = [sys.executable, *(str(part) for part in command)]
+    with subprocess.Popen(python, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 4:"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    broken = train_few(student, labelled, tmp_path / "broken", *flags)
+    assert metrics(broken) == metrics(unbroken) and same(broken, unbroken)
+
+
+def test_a_damaged_checkpoint_is_passed_over(student, labelled, stop, tmp_path, capsys):
+    unbroken = train_few(student, labelled, tmp_path / "unbroken", *EVERYTHING_RANDOM)
+    stop(4, kill)
+    with pytest.raises(Killed):
+        train_few(student, labelled, tmp_path / "broken", *EVERYTHING_RANDOM)
+    damaged = tmp_path / "broken/checkpoint-4/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8] + b"12345678")
+    broken = train_few(student, labelled, tmp_path / "broken", *EVERYTHING_RANDOM)
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is damaged and is passed over" in said and "going on from" in said and "checkpoint-2" in said
+    assert metrics(broken) == metrics(unbroken) and same(broken, unbroken)
+
+
+def test_the_best_evaluation_is_remembered(student, labelled, stop, monkeypatch, tmp_path):
+    wers = iter([50.0, 20.0, 30.0, 40.0])
+    monkeypatch.setattr(Validator, "__call__", lambda *_: Validation({"eval/wer": next(wers)}))
+    keep = ["--save_steps", 1, "--save_total_limit", 1, "--load_best_model_at_end", *ENGLISH, "--kl_weight", 0]
+    flags = ["--do_eval", "--eval_split_name", "test", "--eval_steps", 1, *keep]
+    stop(3, kill)
+    with pytest.raises(Killed):
+        train_few(student, labelled, tmp_path / "out", *flags)
+    folder = train_few(student, labelled, tmp_path / "out", *flags)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert same(folder, folder / "checkpoint-2") and not same(folder, folder / "checkpoint-4")
+    assert [line["eval/wer"] for line in metrics(folder, "eval/wer")] == [50, 20, 30, 40]
+
+
+def test_a_finished_run_is_not_trained_again(student, labelled, seen, tmp_path):
+    flags = [*ENGLISH, "--kl_weight", 0]
+    folder = train_few(student, labelled, tmp_path / "out", *flags)
+    before, lines = weights(folder), metrics(folder)
+    seen.rows.clear()
+    train_few(student, labelled, folder, *flags)
+    assert not seen.rows and metrics(folder) == lines
+    assert all(torch.equal(tensor, weights(folder)[name]) for name, tensor in before.items())
+
+
+def shards(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "default").glob("*.parquet")}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folder, monkeypatch, tmp_path):
+    """Killed while it writes the second of two shards: the first is left as it is, the second has the same bytes."""
+    flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--streaming", streaming]
+    unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
+    label_unit = run_pseudo_labelling.UnitLabeller.__call__
+
+    def killed(self, source, unit, tally):
+        for number, rows in enumerate(label_unit(self, source, unit, tally)):
+            if unit == 1 and number == 1:
+                raise Killed
+            yield rows
+
+    monkeypatch.setattr(run_pseudo_labelling.UnitLabeller, "__call__", killed)
+    with pytest.raises(Killed):
+        label(taught, speech_folder, tmp_path / "broken", *flags)
+    assert list(shards(tmp_path / "broken")) == ["train-00000-of-00002.parquet"]
+    first = (tmp_path / "broken/default/train-00000-of-00002.parquet").stat().st_mtime_ns
+    monkeypatch.undo()
+    broken = label(taught, speech_folder, tmp_path / "broken", *flags)
+    assert shards(broken) == shards(unbroken) and len(shards(broken)) == 2
+    assert (broken / "default/train-00000-of-00002.parquet").stat().st_mtime_ns == first
+
+
+def test_what_a_killed_run_left_half_written_goes(student, labelled, tmp_path):
+    """Halves have the number of the process that was killed in their names; other people's files stay."""
+    flags = [*ENGLISH, "--kl_weight", 0, "--max_steps", 1]
+    folder = train_few(student, labelled, tmp_path / "out", *flags)
+    half, mine = folder / ".checkpoint-1.12345.partial", folder / ".download.12345.partial"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    mine.write_text("mine")
+    train_few(student, labelled, folder, *flags)
+    assert not half.exists() and mine.read_text() == "mine"
