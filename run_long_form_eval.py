@@ -17,7 +17,6 @@ from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.evaluation import (
     EvaluationFields,
     Evaluator,
-    Report,
     check_arguments,
     load_model,
     make_accelerator,
@@ -25,6 +24,7 @@ from distil_whisper.evaluation import (
 )
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.outputs import OutputFolder
+from distil_whisper.report import Report
 from distil_whisper.transcribers import Chunked, Fallback, Sequential
 
 STAGE = "run_long_form_eval"
@@ -95,10 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
+        report = Report("long_form", args, accelerator, folder)
         whisper = load_model(args, accelerator)
         transcriber = make_transcriber(args, whisper)
         splits = open_sets(args, whisper)
-        report = Report("long_form", args, accelerator, folder)
         evaluator = Evaluator(accelerator, whisper, transcriber, args.dataloader_num_workers, limit=args.max_samples)
         for split in splits:
             report.add(*evaluator(split))

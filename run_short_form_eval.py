@@ -16,13 +16,13 @@ from distil_whisper.errors import exit_on_user_error
 from distil_whisper.evaluation import (
     EvaluationFields,
     Evaluator,
-    Report,
     check_arguments,
     load_model,
     make_accelerator,
     open_sets,
 )
 from distil_whisper.outputs import OutputFolder
+from distil_whisper.report import Report
 from distil_whisper.transcribers import ShortForm
 
 STAGE = "run_short_form_eval"
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
+        report = Report("short_form", args, accelerator, folder)
         whisper = load_model(args, accelerator)
         decoder = Decoder(
             whisper,
@@ -52,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
             return_timestamps=args.return_timestamps,
         )
         splits = open_sets(args, whisper)
-        report = Report("short_form", args, accelerator, folder)
         evaluator = Evaluator(
             accelerator,
             whisper,

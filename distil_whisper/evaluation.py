@@ -1,9 +1,6 @@
 """Evaluation on transcribed speech: recordings are transcribed, scored and timed, split by split."""
 
-import json
-import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,24 +15,16 @@ from torch.utils.data import DataLoader
 from distil_whisper import progress
 from distil_whisper.arguments import option
 from distil_whisper.errors import UserError
-from distil_whisper.metrics import score, word_errors
+from distil_whisper.metrics import RATES, score, word_errors
 from distil_whisper.mixing import workers
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import Normaliser, normaliser
-from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.reading import Source
 from distil_whisper.recordings import LANGUAGE_COLUMN, TOO_LONG, Columns, Place, Recording, Recordings, Share
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.tokens import language_and_task
-from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
+from distil_whisper.trackers import project_configuration, resolve_report_to
 from distil_whisper.transcribers import Transcript
-
-RTFX_MEANS = (
-    "seconds of audio per second that a process spends on log-mel, encoder and decoding; reading and decoding audio "
-    "files is left out, and so is the first batch of the run, unless it is the only one"
-)
-RATES = ("wer", "cer", "wer_ortho", "cer_ortho")
-SHOWN = 50  # predictions that trackers with tables are given
 
 
 @dataclass
@@ -57,6 +46,8 @@ class EvaluationFields:
         None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
     )
     max_samples: int | None = option(None, "Evaluate only so many rows of each dataset.")
+    push_to_hub: bool = option(False, "Add the figures to the card of the model on the Hugging Face Hub.")
+    hub_model_id: str | None = option(None, "The model's repository on the Hub. Default: the name of the model.")
 
 
 @dataclass(frozen=True)
@@ -281,101 +272,3 @@ def figures(split: EvaluationSet, rows: list[dict], found: Tally) -> dict:
         "timed_compute_seconds": round(compute, 3),
         "rtfx": round(audio / compute, 2) if compute else None,
     }
-
-
-class Report:
-    """The results of one evaluation: files in the output folder, trackers, and a table. The main process writes.
-
-    form: short_form or long_form, with which the files' names begin.
-    """
-
-    def __init__(self, form: str, args, accelerator: Accelerator, folder: OutputFolder):
-        self.form = form
-        self.args = args
-        self.accelerator = accelerator
-        self.folder = folder
-        self.splits: list[dict] = []
-        self.predictions: list[dict] = []
-        folder.claim(self.results_file, self.predictions_file)
-        # another stage's metrics in the same folder stay: every line that is there is kept
-        self.trackers = Trackers(
-            accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args), resume_step=sys.maxsize
-        )
-
-    @property
-    def results_file(self) -> str:
-        return f"{self.form}_results.json"
-
-    @property
-    def predictions_file(self) -> str:
-        return f"{self.form}_predictions.jsonl"
-
-    def add(self, split_figures: dict, predictions: list[dict]) -> None:
-        """Take in a split and write all files anew, so that a later failure loses nothing."""
-        if not self.accelerator.is_main_process:
-            return
-        self.splits.append(split_figures)
-        label = split_figures["label"]
-        self.predictions += [{"dataset": label, **row} for row in predictions]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions]
-        self.folder.write_text(self.predictions_file, "".join(lines))
-        self.folder.write_json(
-            self.results_file,
-            {
-                "model": self.args.model_name_or_path,
-                "datasets": self.splits,
-                "rtfx_means": RTFX_MEANS,
-                "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
-                "processes": self.accelerator.num_processes,
-                "arguments": public_arguments(self.args),
-            },
-        )
-        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in predictions[:SHOWN]]
-        self.trackers.log_table(f"{self.form}/{label}", ["row", "reference", "prediction"], shown, step=0)
-
-    def finish(self) -> None:
-        """Log the figures of all splits and their mean WER, close the trackers and print the table."""
-        values = {
-            f"{self.form}/{split['label']}/{name}": split[name]
-            for split in self.splits
-            for name in (*RATES, "rtfx")
-            if split[name] is not None
-        }
-        rates = [split["wer"] for split in self.splits if split["wer"] is not None]
-        if rates:
-            values[f"{self.form}/wer"] = sum(rates) / len(rates)
-        self.trackers.log(values, step=0)
-        self.trackers.finish()
-        if self.accelerator.is_main_process:
-            print("\n".join([*_table(self.splits), *map(_note, self.splits)]).rstrip())
-            print(
-                f"results in {self.folder / self.results_file}, predictions in {self.folder / self.predictions_file}"
-            )
-
-
-def _table(splits: list[dict]) -> list[str]:
-    """An aligned table, a line for each split; rates in percent."""
-    heads = {"label": "dataset", "rows": "rows", "wer": "WER", "cer": "CER"}
-    heads |= {"wer_ortho": "WER ortho", "cer_ortho": "CER ortho", "normalizer": "normaliser", "rtfx": "RTFx"}
-    lines = [list(heads.values()), *([_cell(split[name]) for name in heads] for split in splits)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
-def _cell(value) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def _note(split: dict) -> str:
-    """What the figures of a split leave out, or hold that one might not expect; empty if there is nothing."""
-    notes = []
-    if split["too_long"]:
-        notes.append(f"{split['too_long']} rows longer than the window are left to run_long_form_eval.py")
-    for reason, count in Counter(row["reason"] for row in split["skipped_rows"]).items():
-        row_id = next(row["row_id"] for row in split["skipped_rows"] if row["reason"] == reason)
-        notes.append(f"{count} rows skipped ({reason}), such as {row_id}")
-    if split["empty_references"]:
-        notes.append(
-            f"{split['empty_references']} references have no words, what was heard there counts as insertions"
-        )
-    return f"{split['label']}: {'; '.join(notes)}" if notes else ""

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from httpx2 import HTTPError
-from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token
+from huggingface_hub import EvalResult, HfApi, ModelCardData, get_token, metadata_update
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
@@ -87,6 +88,26 @@ def push_folder(
             delete_patterns=[pattern for pattern in patterns if "-[0-9]*-of-[0-9]*" in pattern] or None,
         )
     return f"{HfApi().endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+
+
+def push_results(repo_id: str, results: Iterable[Result]) -> str:
+    """Put figures into the metadata of a model's card, and return the page's address.
+
+    Figures that are there stay; those of the same split and measure are replaced. Raises UserError if the Hub or the
+    network refuses.
+    """
+    entries, title = [entry for result in results for entry in _eval_results(result)], PurePath(repo_id).name
+    with _one_sentence(
+        f"pushing to {repo_id} failed", "the evaluation is complete; start the same command again to push it"
+    ):
+        api = HfApi()
+        if not api.file_exists(repo_id, "README.md"):  # the library would make one full of gaps
+            card = f"# {title}\n".encode()
+            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id, commit_message="Card")
+        if entries:
+            index = {"model-index": eval_results_to_model_index(title, entries)}
+            metadata_update(repo_id, index, overwrite=True, commit_message="Results of an evaluation")
+    return f"{api.endpoint}/{repo_id}"
 
 
 def model_card(

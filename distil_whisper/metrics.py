@@ -15,6 +15,8 @@ from rapidfuzz.distance import Levenshtein
 
 from distil_whisper.normalisation import Normaliser
 
+RATES = ("wer", "cer", "wer_ortho", "cer_ortho")  # what `score` gives in percent
+
 
 @dataclass(frozen=True)
 class Errors:

@@ -1,0 +1,139 @@
+"""What an evaluation leaves behind: results and predictions as files, figures for the trackers, a table, a card."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from distil_whisper import hub
+from distil_whisper.metrics import RATES
+from distil_whisper.outputs import OutputFolder, public_arguments
+from distil_whisper.trackers import Trackers
+
+RTFX_MEANS = (
+    "seconds of audio per second that a process spends on log-mel, encoder and decoding; reading and decoding audio "
+    "files is left out, and so is the first batch of the run, unless it is the only one"
+)
+SHOWN = 50  # predictions that trackers with tables are given
+
+
+class Report:
+    """The results of one evaluation: files in the output folder, trackers, a table. The main process writes.
+
+    form: short_form or long_form, with which the files' names begin. With --push_to_hub the figures are put into the
+    model's card. Raises UserError for what would refuse that, before any work, and for files of others in the folder.
+    """
+
+    def __init__(self, form: str, args, accelerator: Accelerator, folder: OutputFolder):
+        self.form = form
+        self.args = args
+        self.accelerator = accelerator
+        self.folder = folder
+        self.splits: list[dict] = []
+        self.predictions: list[dict] = []
+        self.repo = _repository(args) if args.push_to_hub and accelerator.is_main_process else None
+        folder.claim(self.results_file, self.predictions_file)
+        # another stage's metrics in the same folder stay: every line that is there is kept
+        self.trackers = Trackers(
+            accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args), resume_step=sys.maxsize
+        )
+
+    @property
+    def results_file(self) -> str:
+        return f"{self.form}_results.json"
+
+    @property
+    def predictions_file(self) -> str:
+        return f"{self.form}_predictions.jsonl"
+
+    def add(self, split_figures: dict, predictions: list[dict]) -> None:
+        """Take in a split and write all files anew, so that a later failure loses nothing."""
+        if not self.accelerator.is_main_process:
+            return
+        label = self._own_label(split_figures["label"])
+        self.splits.append({**split_figures, "label": label})
+        self.predictions += [{"dataset": label, **row} for row in predictions]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions]
+        self.folder.write_text(self.predictions_file, "".join(lines))
+        self.folder.write_json(
+            self.results_file,
+            {
+                "model": self.args.model_name_or_path,
+                "datasets": self.splits,
+                "rtfx_means": RTFX_MEANS,
+                "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
+                "processes": self.accelerator.num_processes,
+                "arguments": public_arguments(self.args),
+            },
+        )
+        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in predictions[:SHOWN]]
+        self.trackers.log_table(f"{self.form}/{label}", ["row", "reference", "prediction"], shown, step=0)
+
+    def _own_label(self, label: str) -> str:
+        """The label of a split, with a number where folders of one name would share it."""
+        same = sum(split["label"].split(" (")[0] == label for split in self.splits)
+        return f"{label} ({same + 1})" if same else label
+
+    def finish(self) -> None:
+        """Log the figures of all splits and their mean WER, close the trackers and print the table."""
+        values = {
+            f"{self.form}/{split['label']}/{name}": split[name]
+            for split in self.splits
+            for name in (*RATES, "rtfx")
+            if split[name] is not None
+        }
+        rates = [split["wer"] for split in self.splits if split["wer"] is not None]
+        if rates:
+            values[f"{self.form}/wer"] = sum(rates) / len(rates)
+        self.trackers.log(values, step=0)
+        self.trackers.finish()
+        if self.accelerator.is_main_process:
+            print("\n".join([*_table(self.splits), *filter(None, map(_note, self.splits))]))
+            print(
+                f"results in {self.folder / self.results_file}, predictions in {self.folder / self.predictions_file}"
+            )
+        if self.repo is not None:
+            print(f"figures in the card of {hub.push_results(self.repo, map(_result, self.splits))}")
+
+
+def _repository(args) -> str:
+    """The model's repository: that of the flag, else the one that is evaluated, else one of its folder's name."""
+    name = args.model_name_or_path
+    name = args.hub_model_id or (name if hub.is_hub_id(name) else Path(name).resolve().name)
+    return hub.resolve_repo(args.output_dir, name, private=args.hub_private_repo)
+
+
+def _result(split: dict) -> hub.Result:
+    rates = {name: split[name] for name in ("wer", "cer") if split[name] is not None}
+    return hub.Result(split["dataset"], split["split"], rates, split["config"])
+
+
+def _table(splits: list[dict]) -> list[str]:
+    """An aligned table, a line for each split; rates in percent."""
+    heads = {"label": "dataset", "rows": "rows", "wer": "WER", "cer": "CER"}
+    heads |= {"wer_ortho": "WER ortho", "cer_ortho": "CER ortho", "normalizer": "normaliser", "rtfx": "RTFx"}
+    lines = [list(heads.values()), *([_cell(split[name]) for name in heads] for split in splits)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _cell(value) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _note(split: dict) -> str:
+    """What the figures of a split leave out, or hold that one might not expect; empty if there is nothing."""
+    notes = []
+    if split["too_long"]:
+        notes.append(f"{split['too_long']} rows longer than the window are left to run_long_form_eval.py")
+    for reason, count in Counter(row["reason"] for row in split["skipped_rows"]).items():
+        row_id = next(row["row_id"] for row in split["skipped_rows"] if row["reason"] == reason)
+        notes.append(f"{count} rows skipped ({reason}), such as {row_id}")
+    if split["empty_references"]:
+        notes.append(
+            f"{split['empty_references']} references have no words, what was heard there counts as insertions"
+        )
+    return f"{split['label']}: {'; '.join(notes)}" if notes else ""
