@@ -46,11 +46,11 @@ stage student_init python create_student_model.py --teacher_checkpoint "$out/tea
 
 distil=(--model_name_or_path "$out/student_init" --train_dataset_name "$out/labelled" --freeze_encoder
     --eval_dataset_name "$out/data" --eval_dataset_config_name default --eval_split_name test --do_eval
-    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 300
+    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 400
     --noise_probability 0.5 --noise_snr_db 5 25)
 
 stage student "${train[@]}" "${distil[@]}" --teacher_model_name_or_path "$out/teacher" --wer_threshold 20 \
-    --timestamp_probability 0.2 --condition_on_prev_probability 0.1 --output_dir "$out/student"
+    --timestamp_probability 0.5 --condition_on_prev_probability 0.1 --output_dir "$out/student"
 
 stage student_without_distillation "${train[@]}" "${distil[@]}" --kl_weight 0 --use_pseudo_labels False \
     --output_dir "$out/student_without_distillation"

@@ -156,7 +156,7 @@ def some_words(draw) -> list[str]:
 
 def padded(samples: np.ndarray, draw) -> np.ndarray:
     """A little silence around speech."""
-    before, after = (int(draw.uniform(0.05, 0.2) * RATE) for _ in range(2))
+    before, after = (int(draw.uniform(0.05, 0.4) * RATE) for _ in range(2))
     return np.pad(samples, (before, after))
 
 
