@@ -145,13 +145,14 @@ def open_source(
     local = _open_local(name, split, audio_column)
     if local is not None:
         data, lengths, config = _sliced(local, split), None, "default"
-    elif streaming:
-        builder = _builder(name, config, split, cache_dir)
-        data, lengths, config = _stream(builder, split), None, builder.config.name
     else:
         builder = _builder(name, config, split, cache_dir)
-        data, lengths = _prepared(builder, split, num_proc)
         config = builder.config.name
+        # Without the Hub a dataset comes from the cache, whose files are not the units: it is on this disk anyway.
+        if streaming and not isinstance(builder, Cache):
+            data, lengths = _stream(builder, split), None
+        else:
+            data, lengths = _prepared(builder, split, num_proc)
     if audio_column not in data.features:
         found = nearest(audio_column, data.features)
         raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
