@@ -1,0 +1,132 @@
+"""Short-form, chunked and sequential transcription of a model whose every window has words of its own."""
+
+import numpy as np
+import pytest
+import torch
+from test_decoding import enliven
+
+from distil_whisper.audio import stack
+from distil_whisper.decoding import Decoder
+from distil_whisper.errors import UserError
+from distil_whisper.models import load_whisper
+from distil_whisper.tokens import plain_text
+from distil_whisper.transcribers import Chunked, Fallback, Sequential, ShortForm
+
+TOLD = ("hi", "transcribe")
+
+
+@pytest.fixture(scope="module")
+def whisper(toy_teacher):
+    return enliven(load_whisper(str(toy_teacher), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def noises():
+    """Recordings of 9, 3 and 6 s; the window is 4 s."""
+    draw = np.random.default_rng(0)
+    return [(draw.standard_normal(seconds * 16_000) * 0.1).astype(np.float32) for seconds in (9, 3, 6)]
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_short_form_gives_text_marks_and_whether_the_limit_was_met(whisper, utterances, timestamps):
+    waveforms = [utterance.samples for utterance in utterances[:6]]
+    decoder = Decoder(whisper, max_label_length=12, return_timestamps=timestamps)
+    transcriber = ShortForm(decoder, whisper, batch_size=6)
+    assert (transcriber.is_full(waveforms[:5]), transcriber.is_full(waveforms)) == (False, True)
+    found = transcriber(waveforms, *TOLD)
+    expected = decoder(stack(waveforms, whisper.window), *TOLD)
+    assert len({transcript.text for transcript in found}) > 1
+    for transcript, decoded in zip(found, expected, strict=True):
+        marked = whisper.grammar.decode(decoded.ids)
+        assert transcript.text == plain_text(marked)
+        assert transcript.details["truncated"] == decoded.truncated
+        assert transcript.details.get("timestamped") == (marked if timestamps else None)
+        assert "<|" not in transcript.text
+
+
+def test_short_form_never_cuts_a_recording(whisper, noises):
+    with pytest.raises(ValueError, match="do not fit a window of 4 s"):
+        ShortForm(Decoder(whisper), whisper, batch_size=1)(noises[:1], *TOLD)
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_chunks_of_several_recordings_in_one_batch_are_those_of_each_alone(whisper, noises, timestamps):
+    options = {"max_label_length": 12, "return_timestamps": timestamps}
+    together = Chunked(whisper, 4, 4.0, **options)(noises, *TOLD)
+    alone = [Chunked(whisper, 1, 4.0, **options)([noise], *TOLD)[0] for noise in noises]
+    assert [transcript.text for transcript in together] == [transcript.text for transcript in alone]
+    assert any(transcript.text for transcript in together)
+    assert [transcript.details for transcript in together] == [transcript.details for transcript in alone]
+    assert all(("segments" in transcript.details) == timestamps for transcript in together)
+
+
+def test_recordings_are_gathered_until_their_chunks_fill_a_batch(whisper, noises):
+    chunked = Chunked(whisper, 5, 4.0, 0.5)  # a chunk every 3 s: 3, 1 and 2 of them
+    assert [chunked.is_full(noises[:count]) for count in (1, 2, 3)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "chunk, stride, sentence",
+    [
+        (4.5, None, "--chunk_length_s is 4.5; it must be above 0 and at most 4"),
+        (0.0, None, "--chunk_length_s is 0; it must be above 0"),
+        (4.0, 2.0, "--stride_length_s is 2; it must be at least 0 and less than half of --chunk_length_s"),
+        (4.0, -1.0, "--stride_length_s is -1; it must be at least 0"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused(whisper, chunk, stride, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Chunked(whisper, 1, chunk, stride)
+
+
+def generated(whisper, noises, **options) -> list[str]:
+    """What transformers' own long-form generation says of recordings in one batch."""
+    inputs = whisper.feature_extractor(
+        noises,
+        sampling_rate=16_000,
+        truncation=False,
+        padding="longest",
+        return_attention_mask=True,
+        return_tensors="pt",
+    )
+    told = {"language": TOLD[0], "task": TOLD[1], "return_timestamps": True, "max_new_tokens": 12, "num_beams": 1}
+    ids = whisper.model.generate(**inputs, **told, **options)
+    return [plain_text(whisper.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+@pytest.mark.parametrize("condition", [False, True])
+def test_sequential_is_generate_for_a_batch_of_recordings(whisper, noises, condition):
+    sequential = Sequential(whisper, 3, max_label_length=12, condition_on_prev_tokens=condition)
+    found = [transcript.text for transcript in sequential(noises, *TOLD)]
+    assert found == generated(whisper, noises, condition_on_prev_tokens=condition)
+    assert any(found)
+
+
+def test_sequential_segments_hold_the_text_in_order_of_time(whisper, noises):
+    for transcript in Sequential(whisper, 3, max_label_length=12, return_timestamps=True)(noises, *TOLD):
+        segments = transcript.details["segments"]
+        assert segments and all(segment["start"] <= segment["end"] for segment in segments)
+        assert "".join(segment["text"] for segment in segments).replace(" ", "") == transcript.text.replace(" ", "")
+
+
+def test_fallback_repeats_only_what_misses_its_thresholds_and_draws_the_same_again(whisper, noises):
+    def texts(fallback):
+        sequential = Sequential(whisper, 3, max_label_length=12, fallback=fallback)
+        torch.manual_seed(torch.seed())  # whatever was drawn before
+        return [transcript.text for transcript in sequential(noises, *TOLD)]
+
+    never = Fallback(compression_ratio=1e6, logprob=-1e6, no_speech=1.0)
+    always = Fallback(compression_ratio=1e6, logprob=0.0, no_speech=1.0)
+    assert texts(never) == texts(None)
+    assert texts(always) == texts(always)
+    assert texts(always) != texts(None)
+    silent = Fallback(compression_ratio=1e6, logprob=0.0, no_speech=0.0)  # unlikely text, and always "silence"
+    assert texts(silent) == ["", "", ""]
+
+
+def test_the_prompt_leaves_room_for_a_window(whisper):
+    positions = whisper.grammar.max_positions
+    for prompted, left in ((False, positions - 4), (True, positions - 4 - positions // 2)):
+        for limit, most in ((None, left), (10, 10), (10 * positions, left)):
+            sequential = Sequential(whisper, 1, max_label_length=limit, condition_on_prev_tokens=prompted)
+            assert sequential.options["max_new_tokens"] == most
