@@ -128,12 +128,13 @@ def _note(split: dict) -> str:
     """What the figures of a split leave out, or hold that one might not expect; empty if there is nothing."""
     notes = []
     if split["too_long"]:
-        notes.append(f"{split['too_long']} rows longer than the window are left to run_long_form_eval.py")
+        notes.append(f"{split['too_long']} longer than the window, left to run_long_form_eval.py")
     for reason, count in Counter(row["reason"] for row in split["skipped_rows"]).items():
         row_id = next(row["row_id"] for row in split["skipped_rows"] if row["reason"] == reason)
-        notes.append(f"{count} rows skipped ({reason}), such as {row_id}")
+        notes.append(f"{count} skipped ({reason}), such as {row_id}")
     if split["empty_references"]:
         notes.append(
-            f"{split['empty_references']} references have no words, what was heard there counts as insertions"
+            f"{split['empty_references']} without words in the reference, where all that was heard is inserted"
         )
-    return f"{split['label']}: {'; '.join(notes)}" if notes else ""
+    seen = split["rows"] + split["too_long"] + split["skipped"]
+    return f"{split['label']}, {seen} rows read: {'; '.join(notes)}" if notes else ""

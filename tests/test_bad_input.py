@@ -1,0 +1,214 @@
+"""Bad input of stages 1 to 3: one sentence on stderr, an exit code that is not 0, and nothing lost."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import toy_whisper
+from conftest import WORDS, launch, write_audio_dataset
+from datasets import load_dataset
+from stages import ENGLISH, label, metrics, rows_of, run, train_few
+
+from distil_whisper.errors import UserError
+from distil_whisper.outputs import OutputFolder
+
+SFT = (*ENGLISH, "--kl_weight", 0)
+
+
+@pytest.fixture(scope="module")
+def bad_rows(tmp_path_factory, utterances):
+    """Two good rows, one whose audio is text, one longer than any window, one that nobody transcribed, one empty."""
+    folder = tmp_path_factory.mktemp("bad") / "speech"
+    long = replace(utterances[2], samples=np.resize(utterances[2].samples, 16_000 * 9), id="long")
+    untold, silent = replace(utterances[3], text=None, id="untold"), replace(utterances[4], text="", id="silent")
+    write_audio_dataset(folder, [*utterances[:2], replace(utterances[5], id="broken"), long, untold, silent], files=1)
+    file = str(next((folder / "data").iterdir()))
+    rows = load_dataset("parquet", data_files=file, split="train").to_list()
+    rows[2]["audio"]["bytes"] = b"this is no audio"
+    write_rows(file, rows)
+    return folder
+
+
+def write_rows(file, rows):
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(file)
+    pq.write_table(table.from_pylist(rows, schema=table.schema), file)
+
+
+@pytest.fixture(scope="module")
+def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_path_factory):
+    """How each command ended, two at a time."""
+    folder = tmp_path_factory.mktemp("outputs")
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    (theirs / "README.md").write_text("theirs")
+    label_with = ["run_pseudo_labelling.py", "--dataset_name", speech_folder, "--report_to", "none"]
+    train_with = ["run_distillation.py", "--model_name_or_path", student, "--do_train", "--kl_weight", 0]
+    two = ["--train_dataset_name", f"{speech_folder}+{bad_rows}"]
+    teacher, english = ["--model_name_or_path", taught], ["--model_name_or_path", toy_english_only]
+    commands = {
+        "missing column": [*label_with, *teacher, *ENGLISH, "--text_column_name", "txt"],
+        "unknown split": [*label_with, *teacher, *ENGLISH, "--dataset_split_name", "train+tset"],
+        "mismatched lists": [*train_with, *two, *ENGLISH, "--train_split_name", "train+test+dev"],
+        "mistyped flag": [*train_with, *two, "--gradient_accumulation_step", 2],
+        "language for an English-only model": [*label_with, *english, *ENGLISH],
+        "no language for a multilingual model": [*label_with, *teacher],
+        "no language in training": [*train_with, *two],
+        "flash attention without its package": [*label_with, *teacher, *ENGLISH, "--attn_type", "flash_attn_2"],
+        "labels into somebody's folder": [*label_with, *teacher, *ENGLISH, "--output_dir", theirs],
+        "a model into somebody's folder": [*train_with, *two, *ENGLISH, "--output_dir", theirs],
+        "bad rows": [*label_with[:1], "--dataset_name", bad_rows, *teacher, *ENGLISH, "--report_to", "none"],
+    }
+    for name, command in commands.items():
+        if theirs not in command:
+            command += ["--output_dir", folder / name.replace(" ", "-")]
+    with ThreadPoolExecutor(2) as pool:
+        ended = dict(zip(commands, pool.map(lambda command: launch(*command), commands.values()), strict=True))
+    return folder, ended
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        (
+            "missing column",
+            "--text_column_name txt is not a column of speech0/default/train (allowed: audio, id, speaker, text; did",
+        ),
+        ("unknown split", "has no split tset (allowed: test, train; did you mean test?)"),
+        ("mismatched lists", "--train_dataset_name has 2 entries"),
+        ("mismatched lists", "but --train_split_name (train+test+dev) has 3; give one, or 3"),
+        ("mistyped flag", "there is no argument --gradient_accumulation_step (allowed: "),
+        ("mistyped flag", "did you mean --gradient_accumulation_steps?"),
+        ("language for an English-only model", "--language en was given, but the model is English-only; use"),
+        ("no language for a multilingual model", "--language is missing: the teacher is multilingual, and"),
+        ("no language in training", "--language is missing: the model is multilingual, and speech0/default"),
+        ("flash attention without its package", "--attn_type flash_attn_2 cannot be used because "),
+        ("flash attention without its package", "; use --attn_type sdpa"),
+        (
+            "labels into somebody's folder",
+            "theirs/README.md exists and was not written by this stage; move it away, or",
+        ),
+        ("a model into somebody's folder", "theirs/README.md exists and was not written by this stage"),
+    ],
+)
+def test_launched_scripts_say_one_sentence(name, sentence, launched):
+    ended = launched[1][name]
+    assert ended.code == 2
+    assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
+    assert sentence in ended.stderr and "Traceback" not in ended.stderr + ended.stdout
+
+
+def test_files_of_others_stay_as_they_are(launched):
+    folder, _ = launched
+    assert [path.name for path in (folder / "theirs").glob("[!.]*")] == ["README.md"]
+    assert (folder / "theirs/README.md").read_text() == "theirs"
+
+
+def test_rows_that_cannot_be_labelled_are_counted_and_listed_and_the_others_labelled(launched):
+    """The launched run: unreadable audio, audio longer than the window, and empty references."""
+    folder, ended = launched[0] / "bad-rows", launched[1]["bad rows"]
+    assert ended.code == 0 and "Traceback" not in ended.stderr
+    assert "rows 4," in ended.stdout and "skipped 2" in ended.stdout and "skipped.jsonl" in ended.stdout
+    reasons = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["row_id"][-1] for entry in reasons] == ["2", "3"]
+    assert "9.00 s of audio, the window is 2 s" in reasons[1]["reason"]
+    rows = {row["id"]: row for row in rows_of(folder)}
+    assert list(rows) == ["utterance-0", "utterance-1", "untold", "silent"]
+    assert rows["untold"]["wer"] is None and rows["untold"]["errors"] is None
+    assert rows["silent"]["reference_words"] == 0 and rows["silent"]["errors"] > 0
+
+
+def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows, tmp_path, capsys):
+    flags = [*SFT, "--do_eval", "--eval_split_name", "train", "--predict_with_generate", "--max_steps", 2]
+    folder = train_few(student, bad_rows, tmp_path / "out", *flags, "--per_device_train_batch_size", 8)
+    said = capsys.readouterr().out
+    assert "4 of 6 rows kept" in said and "2  empty transcript" in said
+    assert "skipped speech/default/train/00000-00000002: " in said
+    assert "skipped speech/default/train/00000-00000003: longer than the window: 9.0 s of 2 s" in said
+    assert "2 rows left out of the evaluation, such as speech/default/train/00000-00000002" in said
+    assert metrics(folder, "eval/speech/default/train/wer")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--kl_weight", 1], "--teacher_model_name_or_path is missing; name the teacher, or give --kl_weight 0"),
+        (["--streaming", "--max_steps", -1], "--streaming needs --max_steps"),
+        (["--per_device_train_batch_size", 0], "--per_device_train_batch_size is 0; it must be 1 or more"),
+        (["--timestamp_probability", 1.5], "--timestamp_probability is 1.5; it must be between 0 and 1"),
+        (["--train_dataset_samples", "ten"], "--train_dataset_samples is ten; it must be positive numbers"),
+        (["--text_column_name", "sentence"], "--text_column_name sentence is not a column of labelled/default/train"),
+        (
+            ["--do_eval", "--eval_split_name", "test", "--eval_text_column_name", "txt"],
+            "--eval_text_column_name txt is not a column of",
+        ),
+        (["--do_eval", "--eval_split_name", "dev"], "has no split dev (allowed: test, train"),
+        (["--max_label_length", 0], "is left to train on (24 x label longer than --max_label_length)"),
+        (["--use_pseudo_labels", True, "--train_dataset_name", "SPEECH"], "--use_pseudo_labels whisper_transcript is"),
+        (["--language", "hindee"], "the model has no language 'hindee'"),
+        (["--report_to", "wandbb"], "--report_to has an unknown tracker wandbb (allowed: "),
+        (["--normalizer", "basics"], "there is no text normaliser 'basics' (allowed: "),
+        (["--lr_scheduler_type", "lineer"], "linear"),
+    ],
+)
+def test_mistakes_of_training_are_one_sentence(flags, sentence, student, labelled, speech_folder, tmp_path):
+    flags = [speech_folder if flag == "SPEECH" else flag for flag in flags]
+    with pytest.raises(UserError) as caught:
+        train_few(student, labelled, tmp_path / "out", *SFT, *flags)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value).strip()
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--concatenate_audio"], "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name"),
+        (["--max_label_length", 0], "--max_label_length is 0; it must be 1 or more"),
+        (["--audio_column_name", "sound"], "--audio_column_name sound is not a column of"),
+        (["--dataset_split_name", "train+train"], "lists 2 datasets with the same default/train"),
+        (["--task", "translat"], "translat"),
+        (["--model_name_or_path", "SPEECH"], "cannot be loaded as a Whisper checkpoint"),
+        (["--dataset_config_name", "hi"], "has no config hi (allowed: default"),
+    ],
+)
+def test_mistakes_of_labelling_are_one_sentence(flags, sentence, taught, speech_folder, tmp_path):
+    flags = [speech_folder if flag == "SPEECH" else flag for flag in flags]
+    with pytest.raises(UserError) as caught:
+        label(taught, speech_folder, tmp_path / "out", *ENGLISH, *flags)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(("kind", "window", "words"), [("window", 3, WORDS), ("tokenizer", 2, WORDS[:3])])
+def test_a_student_of_another_teacher_is_refused(kind, window, words, student, labelled, tmp_path):
+    teacher = toy_whisper.save(tmp_path / "other", [" " + " ".join(words)] * 3, window, d_model=32, heads=2)
+    with pytest.raises(UserError, match=f"student and teacher have different {kind}s .*create_student_model"):
+        train_few(student, labelled, tmp_path / "out", *ENGLISH, "--teacher_model_name_or_path", teacher)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(student, taught, labelled, speech_folder, tmp_path):
+    for stage, start in (
+        ("run_distillation", lambda folder: train_few(student, labelled, folder, *SFT)),
+        ("run_pseudo_labelling", lambda folder: label(taught, speech_folder, folder, *ENGLISH)),
+    ):
+        folder = tmp_path / stage
+        with OutputFolder(folder, stage), pytest.raises(UserError, match="another run of this stage"):
+            start(folder)
+
+
+def test_an_earlier_training_with_other_layers_is_not_continued(student, labelled, tmp_path):
+    train_few(student, labelled, tmp_path / "out", *SFT)
+    with pytest.raises(UserError, match=r"checkpoint-4 was written with other .*freeze_encoder"):
+        train_few(student, labelled, tmp_path / "out", *SFT, "--freeze_encoder", "--max_steps", 6)
+
+
+def test_a_missing_script_argument_is_named():
+    for script, flag in (
+        ("run_pseudo_labelling", "--model_name_or_path"),
+        ("create_student_model", "--teacher_checkpoint"),
+        ("run_distillation", "--model_name_or_path"),
+    ):
+        with pytest.raises(UserError, match=f"{flag} is missing"):
+            run(script)

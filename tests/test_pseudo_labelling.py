@@ -1,0 +1,153 @@
+"""Stage 1 as a user runs it: what is in the folder, what is said, and that only the audio decides the labels."""
+
+import json
+from dataclasses import replace
+
+import jiwer
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_audio_dataset
+from datasets import load_dataset
+from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, write_manifest
+
+from distil_whisper.audio import decode, stack
+from distil_whisper.decoding import Decoder
+from distil_whisper.errors import UserError
+from distil_whisper.handoff import WRITTEN
+from distil_whisper.models import load_whisper
+from distil_whisper.normalisation import normaliser
+from distil_whisper.tokens import plain_text
+
+
+@pytest.fixture(scope="module")
+def teacher(taught):
+    return load_whisper(str(taught), device="cpu")
+
+
+def heard(teacher, utterances, **options) -> list[str]:
+    """The teacher's transcripts of utterances, each alone."""
+    decoder = Decoder(teacher, **options)
+    waveforms = [stack([utterance.samples], teacher.window) for utterance in utterances]
+    return [teacher.grammar.decode(decoder(waveform, "en", "transcribe")[0].ids) for waveform in waveforms]
+
+
+def test_every_row_with_its_columns_and_its_label(labelled, teacher, utterances):
+    rows = rows_of(labelled)
+    assert [(row["id"], row["text"], row["speaker"]) for row in rows] == [
+        (u.id, u.text, u.speaker) for u in utterances
+    ]
+    assert [row["audio"]["bytes"] for row in rows] == [u.encoded() for u in utterances]
+    assert [row["whisper_transcript"] for row in rows] == heard(teacher, utterances, return_timestamps=True)
+    assert set(WRITTEN) <= set(rows[0])
+
+
+@pytest.mark.parametrize("flags", [[], ["--generation_num_beams", 3], ["--return_timestamps"]])
+def test_greedy_beams_and_timestamps(flags, teacher, taught, speech_folder, utterances, tmp_path):
+    folder = label(taught, speech_folder, tmp_path, *ENGLISH, *flags, "--dataset_split_name", "test")
+    options = {"num_beams": 3} if "--generation_num_beams" in flags else {"return_timestamps": bool(flags)}
+    found = [row["whisper_transcript"] for row in rows_of(folder, "test")]
+    assert found == heard(teacher, utterances[:8], **options)
+    assert all(("<|0.00|>" in text) == (flags == ["--return_timestamps"]) for text in found)
+    if options == {"num_beams": 3}:
+        assert found != heard(teacher, utterances[:8])
+
+
+def test_splits_are_read_apart_and_figures_are_those_of_jiwer(taught, teacher, speech_folder, tmp_path, capsys):
+    """By the name of the config or without it; the card, the terminal and metrics.jsonl say the same."""
+    folder = label(taught, speech_folder, tmp_path / "out", *ENGLISH, "--dataset_split_name", "train+test")
+    assert {name: len(split) for name, split in load_dataset(str(folder), "default").items()} == {
+        "train": 24,
+        "test": 8,
+    }
+    rules = normaliser(None, "en", teacher.tokenizer)
+    said, card = capsys.readouterr().out, (folder / "README.md").read_text()
+    for split, count in (("train", 24), ("test", 8)):
+        rows = rows_of(folder, split, "default")
+        pair = [rules(row["text"]) for row in rows], [rules(row["whisper_transcript"]) for row in rows]
+        wer, cer = round(100 * jiwer.wer(*pair), 2), round(100 * jiwer.cer(*pair), 2)
+        hours = round(sum(row["duration"] for row in rows) / 3600, 3)
+        assert f"split default/{split}, rows {count}, hours {hours}, skipped 0, wer {wer}, cer {cer}" in said
+        assert f"| default/{split} | {count} | {hours} | 0 | {wer} | {cer} |" in card
+        (line,) = metrics(folder, f"default/{split}/wer")
+        assert (line[f"default/{split}/wer"], line[f"default/{split}/cer"]) == (wer, cer)
+    total = sum(row["errors"] for row in rows) / sum(row["reference_words"] for row in rows)
+    assert round(100 * total, 2) == wer
+
+
+def test_streamed_or_not_and_however_many_threads_decode(taught, labelled, speech_folder, tmp_path):
+    flags = ["--dataset_split_name", "train+test", "--return_timestamps", "--decode_token_ids", False]
+    batches = ["--streaming", "--dataloader_num_workers", 3, "--per_device_eval_batch_size", 16]
+    folder = label(taught, speech_folder, tmp_path / "labelled", *ENGLISH, *SPEAKERS, *flags, *batches)
+    for path in (labelled / "default").glob("*.parquet"):
+        assert pq.read_table(path).equals(pq.read_table(folder / "default" / path.name))
+    assert len(list((folder / "default").iterdir())) == 3
+
+
+def test_a_manifest_of_local_files(taught, utterances, tmp_path):
+    """Its audio is kept as the bytes of the files, without the path of this machine."""
+    manifest = write_manifest(tmp_path / "data/dev.json", utterances[:5])
+    flags = ["--text_column_name", "sentence", "--dataset_split_name", "test", "--dataset_config_name", "zh"]
+    rows = rows_of(label(taught, manifest, tmp_path / "out", *ENGLISH, *flags), "test")
+    assert [row["sentence"] for row in rows] == [u.text for u in utterances[:5]]
+    assert rows[3]["audio"] == {"bytes": (tmp_path / "data/utterance-3.wav").read_bytes(), "path": "utterance-3.wav"}
+    assert all(isinstance(row["wer"], float) for row in rows)
+
+
+def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_path):
+    flags = ["--logging_steps", 2, "--per_device_eval_batch_size", 3]
+    folder = label(taught, speech_folder, tmp_path, *ENGLISH, *flags)
+    assert [line["rows_of_shard"] for line in metrics(folder, "rows_of_shard")] == [6, 12, 6, 12]
+
+
+def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utterances, tmp_path):
+    folder = label(taught, speech_folder, tmp_path, *ENGLISH, *SPEAKERS, "--concatenate_audio", "--return_timestamps")
+    rows = rows_of(folder)
+    ids = [part for row in rows for part in row["utterance_ids"]]
+    assert sorted(ids) == sorted(u.id for u in utterances) and len(rows) < 24
+    by_id = {u.id: u for u in utterances}
+    for row in rows:
+        parts = [by_id[part] for part in row["utterance_ids"]]
+        assert {part.speaker for part in parts} == {row["speaker"]} == {row["recording_id"]}
+        samples = decode(row["audio"], 16_000)
+        assert len(samples) == sum(len(part.samples) for part in parts) <= WINDOW_S * 16_000
+        assert row["text"] == " ".join(part.text for part in parts)
+
+
+def test_long_audio_is_skipped_and_listed_or_split(taught, utterances, tmp_path, capsys):
+    long = replace(utterances[0], samples=utterances[0].samples.repeat(4), id="long")
+    data = write_audio_dataset(tmp_path / "speech", [utterances[1], long, utterances[2]], files=1)
+    folder = label(taught, data, tmp_path / "skip", *ENGLISH)
+    (entry,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert entry["row_id"] == "speech/default/train/00000-00000001"
+    assert f"the window is {WINDOW_S} s" in entry["reason"]
+    assert [row["id"] for row in rows_of(folder)] == [utterances[1].id, utterances[2].id]
+    assert "skipped 1" in capsys.readouterr().out
+
+    rows = rows_of(label(taught, data, tmp_path / "split", *ENGLISH, "--long_audio", "split", *SPEAKERS))
+    pieces = [row for row in rows if row["id"] == "long"]
+    assert len(pieces) > 1 and not (tmp_path / "split/skipped.jsonl").exists()
+    assert sum(row["duration"] for row in pieces) == pytest.approx(len(long.samples) / 16_000, abs=1e-3)
+    assert [row["window_start"] for row in pieces] == sorted({row["window_start"] for row in pieces})
+
+
+def test_finished_labels_are_used_again_but_not_with_other_arguments(taught, speech_folder, tmp_path, capsys):
+    label(taught, speech_folder, tmp_path, *ENGLISH)
+    label(taught, speech_folder, tmp_path, *ENGLISH, "--dataset_split_name", "train+test")
+    assert "speech0/default/train: 2 of 2 shards are finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"made with other arguments \(return_timestamps was False and is True\)"):
+        label(taught, speech_folder, tmp_path, *ENGLISH, "--return_timestamps")
+    assert not any("<|" in row["whisper_transcript"] for row in rows_of(tmp_path))
+    (tmp_path / "mine.txt").write_text("mine")
+    label(taught, speech_folder, tmp_path, *ENGLISH, "--return_timestamps", "--overwrite_output_dir")
+    assert all("<|0.00|>" in row["whisper_transcript"] for row in rows_of(tmp_path))
+    assert (tmp_path / "mine.txt").exists() and not (tmp_path / "default/test-00000-of-00001.parquet").exists()
+
+
+def test_a_language_decides_the_normaliser_of_the_figures(taught, speech_folder, tmp_path):
+    hindi = rows_of(label(taught, speech_folder, tmp_path / "hi", "--language", "Hindi"))
+    assert {(row["language"], row["task"], row["normalizer"]) for row in hindi} == {
+        ("hi", "transcribe", "basic_keep_marks")
+    }
+    basic = label(taught, speech_folder, tmp_path / "en", *ENGLISH, "--normalizer", "basic")
+    assert {row["normalizer"] for row in rows_of(basic)} == {"basic"}
+    assert plain_text(rows_of(basic)[0]["whisper_transcript"]) == rows_of(basic)[0]["whisper_transcript"].strip()

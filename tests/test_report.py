@@ -1,0 +1,218 @@
+"""How an evaluation computes, what it times, and what it leaves in files, in the trackers and on the Hub."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stages
+import torch
+from accelerate import Accelerator
+from conftest import launch
+from hub_server import TOKEN, USER, HubServer
+from huggingface_hub import ModelCard
+from stages import surroundings, write_manifest
+from test_decoding import enliven
+
+from distil_whisper import evaluation
+from distil_whisper.audio import decode
+from distil_whisper.decoding import Decoder
+from distil_whisper.errors import UserError
+from distil_whisper.evaluation import EvaluationSet, Evaluator
+from distil_whisper.metrics import word_errors
+from distil_whisper.models import load_whisper
+from distil_whisper.normalisation import normaliser
+from distil_whisper.reading import open_source
+from distil_whisper.recordings import Columns
+from distil_whisper.transcribers import ShortForm, Transcript
+
+__all__ = ["surroundings"]  # a fixture that acts by itself
+SHORT = ("--generation_max_length", 8, "--report_to", "none")
+
+
+def evaluate(model, data, output, *flags) -> dict:
+    """Short-form evaluation in this process; its results."""
+    names = ["--model_name_or_path", model, "--dataset_name", data, "--output_dir", output]
+    stages.run("run_short_form_eval", *names, *SHORT, *flags)
+    return results(output)
+
+
+def results(folder) -> dict:
+    return json.loads((Path(folder) / "short_form_results.json").read_text())
+
+
+def predictions(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "short_form_predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def lively(toy_teacher, tmp_path_factory):
+    """A model that says something else of every recording, as a folder."""
+    folder = tmp_path_factory.mktemp("lively") / "lively"
+    whisper = enliven(load_whisper(str(toy_teacher), device="cpu"))
+    for part in (whisper.model, whisper.tokenizer, whisper.feature_extractor):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_flags_decide_how_it_computes(lively, speech_folder, tmp_path, monkeypatch):
+    seen = Counter()
+    search, loader = Decoder.__call__, evaluation.DataLoader
+
+    def watched_decode(self, waveforms, language, task):
+        config = self.model.config
+        seen[len(waveforms), self.model.dtype, config._attn_implementation, self.num_beams, language, task] += 1
+        return search(self, waveforms, language, task)
+
+    def watched_loader(*arguments, num_workers, multiprocessing_context, **options):
+        seen["workers", num_workers, multiprocessing_context] += 1
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(Decoder, "__call__", watched_decode)
+    monkeypatch.setattr(evaluation, "DataLoader", watched_loader)
+    flags = ["--dtype", "bfloat16", "--attn_type", "flash_attn", "--num_beams", 2, "--dataloader_num_workers", 3]
+    flags += ["--language", "Hindi", "--task", "translate", "--max_samples", 7, "--per_device_eval_batch_size", 3]
+    found = evaluate(lively, speech_folder, tmp_path, *flags, "--return_timestamps", "--generation_max_length", 5)
+    told = (torch.bfloat16, "sdpa", 2, "hi", "translate")
+    assert seen == {(3, *told): 2, (1, *told): 1, ("workers", 3, "spawn"): 1}
+    (split,) = found["datasets"]
+    assert (split["rows"], split["language"], split["task"], split["normalizer"]) == (7, "hi", "translate", "english")
+    assert all(row["timestamped"].startswith("<|") for row in predictions(tmp_path))
+    assert found["arguments"]["generation_max_length"] == 5 and found["device"] == "cpu"
+
+
+def test_predictions_and_figures_belong_together(lively, speech_folder, utterances, tmp_path):
+    """With workers, which a launched script starts."""
+    names = ["--model_name_or_path", lively, "--dataset_name", speech_folder, "--output_dir", tmp_path]
+    flags = ["--dataset_split_name", "train", "--language", "hi", "--dataloader_num_workers", 2, "--return_timestamps"]
+    ran = launch("run_short_form_eval.py", *names, *SHORT, *flags)
+    assert (ran.code, ran.stderr) == (0, "")
+    (split,), rows = results(tmp_path)["datasets"], predictions(tmp_path)
+    assert [row["reference"] for row in rows] == [utterance.text for utterance in utterances]
+    assert [row["seconds"] for row in rows] == [round(len(u.samples) / 16_000, 3) for u in utterances]
+    whisper = load_whisper(str(lively), device="cpu")
+    transcriber = ShortForm(Decoder(whisper, max_label_length=8, return_timestamps=True), whisper, 1)
+    alone = [transcriber([decode(u.encoded(), 16_000)], "hi", "transcribe")[0] for u in utterances]
+    assert len({transcript.details["timestamped"] for transcript in alone}) > 5
+    assert [row["timestamped"] for row in rows] == [transcript.details["timestamped"] for transcript in alone]
+    assert [row["prediction"] for row in rows] == [transcript.text for transcript in alone]
+    normalise = normaliser(None, "hi", None)
+    for row in rows:
+        errors = word_errors(normalise(row["reference"]), normalise(row["prediction"]))
+        assert (row["errors"], row["reference_words"]) == (errors.errors, errors.reference_words)
+    assert split["errors"] == sum(row["errors"] for row in rows)
+    assert split["wer"] == pytest.approx(100 * split["errors"] / split["reference_words"], abs=1e-3)
+    assert split["truncated"] == sum(row["truncated"] for row in rows) > 0
+    assert split["audio_seconds"] == pytest.approx(sum(row["seconds"] for row in rows), abs=0.1)
+    assert f"{split['wer']:.2f}" in ran.stdout and "speech0/default/train" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "batch, timed", [(2, [(2, 10.0), (2, 10.0), (2, 10.0)]), (8, [(8, 10.0)])], ids=["warm-up", "one batch"]
+)
+def test_rtfx_times_the_model_without_the_first_batch(toy_teacher, speech_folder, monkeypatch, batch, timed):
+    """Reading takes no time by this clock, and a batch takes ten seconds."""
+    clock = [0.0]
+
+    class Transcriber:
+        def is_full(self, waveforms):
+            return len(waveforms) == batch
+
+        def __call__(self, waveforms, language, task):
+            clock[0] += 10.0
+            return [Transcript("one")] * len(waveforms)
+
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    whisper = load_whisper(str(toy_teacher), device="cpu")
+    source = open_source(str(speech_folder), split="test")
+    normalise = normaliser(None, "en", whisper.tokenizer)
+    split = EvaluationSet(source, Columns("audio", "text"), "en", "transcribe", normalise, one_language=False)
+    evaluator = Evaluator(Accelerator(cpu=True), whisper, Transcriber(), num_workers=0)
+    (first, rows), (second, _) = evaluator(split), evaluator(split)
+    seconds = [row["seconds"] for row in rows]
+    counted = seconds[len(seconds) - sum(count for count, _ in timed) :]
+    assert first["timed_compute_seconds"] == sum(took for _, took in timed)
+    assert first["timed_audio_seconds"] == pytest.approx(sum(counted), abs=0.01)
+    assert first["rtfx"] == pytest.approx(sum(counted) / first["timed_compute_seconds"], abs=0.01)
+    assert second["timed_compute_seconds"] == 10.0 * (8 // batch)  # by then it is warm
+
+
+def test_the_language_is_that_of_the_rows_and_must_be_one(lively, utterances, tmp_path):
+    """What was evaluated before a split that is refused stays."""
+    one = write_manifest(tmp_path / "one.json", utterances[:3], language="Hindi")
+    two = write_manifest(tmp_path / "two.json", utterances[:3], language="de")
+    two.write_text(two.read_text().replace('"de"', '"fr"', 1))
+    flags = ["--text_column_name", "sentence", "--dataset_split_name", "test"]
+    found = evaluate(lively, one, tmp_path / "out", *flags)
+    assert [split["language"] for split in found["datasets"]] == ["hi"]
+    sentence = r"two.json/default/test holds several languages \(fr, but de in two.json/default/test/00000-00000001\)"
+    with pytest.raises(UserError, match=sentence):
+        evaluate(lively, f"{one}+{two}", tmp_path / "out", *flags)
+    assert [split["dataset"] for split in results(tmp_path / "out")["datasets"]] == [str(one)]
+    found = evaluate(lively, f"{one}+{two}", tmp_path / "out", *flags, "--language", "ta")
+    assert [(split["language"], split["rows"]) for split in found["datasets"]] == [("ta", 3), ("ta", 3)]
+
+
+def test_a_multilingual_model_needs_a_language(lively, speech_folder, tmp_path):
+    with pytest.raises(UserError, match="--language is missing: the model is multilingual, and speech0/default/test"):
+        evaluate(lively, speech_folder, tmp_path)
+
+
+def test_folders_of_one_name_are_told_apart_and_other_stages_metrics_stay(lively, utterances, tmp_path):
+    data = [write_manifest(tmp_path / folder / "test.json", utterances[:2]) for folder in "ab"]
+    flags = ["--language", "hi", "--text_column_name", "sentence"]
+    out = tmp_path / "out"
+    evaluate(lively, data[0], out, *flags)
+    with (out / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 7, "train/loss": 1.0}\n')
+    found = evaluate(lively, f"{data[0]}+{data[1]}", out, *flags)
+    assert [split["label"] for split in found["datasets"]] == ["test.json/default/test", "test.json/default/test (2)"]
+    assert [row["dataset"][-3:] for row in predictions(out)] == ["est", "est", "(2)", "(2)"]
+    first, other, last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert other == {"step": 7, "train/loss": 1.0}
+    assert last["short_form/wer"] == np.mean([split["wer"] for split in found["datasets"]])
+    assert first.keys() < last.keys()
+
+
+def test_nothing_to_evaluate_is_said_and_is_no_crash(lively, utterances, tmp_path, capsys):
+    data = write_manifest(tmp_path / "test.json", utterances[:1])
+    (tmp_path / f"{utterances[0].id}.wav").write_bytes(b"")
+    flags = ["--language", "hi", "--text_column_name", "sentence"]
+    (split,) = evaluate(lively, data, tmp_path / "out", *flags)["datasets"]
+    assert (split["rows"], split["wer"], split["rtfx"], split["skipped"]) == (0, None, None, 1)
+    said = capsys.readouterr().out
+    assert "1 rows read: 1 skipped (empty file), such as test.json/default/test/00000-00000000" in said
+
+
+def test_figures_go_into_the_card_of_the_model(lively, speech_folder, tmp_path):
+    names = ["--model_name_or_path", f"{USER}/lively", "--dataset_name", speech_folder, "--language", "hi"]
+    card = "---\nlicense: mit\n---\n\n# My student\n\nIts story.\n"
+    with HubServer() as hub:
+        hub.add(f"{USER}/lively", lively)
+        env = hub.environment(tmp_path)
+        pushed = [*names, *SHORT, "--push_to_hub"]
+        ran = launch("run_short_form_eval.py", *pushed, "--output_dir", tmp_path / "out", env=env)
+        assert ran.code == 0, ran.stderr
+        assert f"figures in the card of {hub.url}/{USER}/lively" in ran.stdout
+        made = ModelCard(hub.files(f"{USER}/lively")["README.md"].decode())
+        (split,) = results(tmp_path / "out")["datasets"]
+        figures = {(result.metric_type, result.metric_value) for result in made.data.eval_results}
+        assert figures == {("wer", round(split["wer"], 2)), ("cer", round(split["cer"], 2))}
+        place = made.data.eval_results[0]
+        assert (place.dataset_name, place.dataset_config, place.dataset_split) == ("speech0", "default", "test")
+
+        (tmp_path / "with_card").mkdir()
+        (tmp_path / "with_card/README.md").write_text(card)
+        hub.add(f"{USER}/other", tmp_path / "with_card")
+        again = [*pushed, "--hub_model_id", f"{USER}/other", "--output_dir", tmp_path / "out", "--max_samples", 2]
+        ran = launch("run_short_form_eval.py", *again, env=env)
+        assert ran.code == 0, ran.stderr
+        text = hub.files(f"{USER}/other")["README.md"].decode()
+        kept = ModelCard(text)
+        assert kept.data.license == "mit" and kept.text.strip() == "# My student\n\nIts story."
+        assert len(kept.data.eval_results) == 2
+        assert TOKEN not in text + ran.stdout + ran.stderr and str(tmp_path) not in text
+
+        refused = launch("run_short_form_eval.py", *again[:-2], env={**env, "HF_TOKEN": ""})
+        assert refused.code == 2 and "--push_to_hub needs a login" in refused.stderr
