@@ -115,6 +115,8 @@ class Checkpoints:
             moments["state"][parameter][kind] = tensor
         set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
         scheduler.load_state_dict({**scheduler.state_dict(), **stored["scheduler"]})
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate  # a schedule sets it with its next step only
         state = TrainerState(**stored["state"])
         state.figures = {int(step): value for step, value in state.figures.items()}
         return state

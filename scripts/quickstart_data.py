@@ -4,7 +4,9 @@ python scripts/quickstart_data.py --data_dir outputs/quickstart/data --model_dir
 
 The folder has the splits train, test (unseen utterances), test_ood (unseen voices, noise) and long (recordings of a
 minute and more, with pauses); and a configuration `windows`, on which the toy teacher is trained: windows of several
-utterances whose times are known, in the form that labelling writes, with timestamps and previous text.
+utterances whose times are known, in the form that labelling writes, with timestamps and previous text. Where a window
+cuts through an utterance, its words are not written; of one cut at the end the beginning is marked, as Whisper marks
+it, and a reader of long recordings goes on from there.
 """
 
 import argparse
@@ -57,7 +59,8 @@ configs:
 
 Synthetic speech: a small vocabulary spoken by eSpeak NG.
 """
-SPLITS = {"train": 5000, "test": 200, "test_ood": 200}
+SPLITS = {"train": 4000, "test": 200, "test_ood": 200}
+EXCERPTS = 0.3  # share of the training recordings that are a window's length out of something longer
 WINDOWS = 3000
 LONG_RECORDINGS, LONG_S = 6, 62
 
@@ -81,15 +84,22 @@ def speakers(voices: list[str]) -> list[Speaker]:
 
 
 def write_utterances(folder: Path, split: str, count: int, voices: list[str], noise: float, draw) -> None:
-    """Utterances of one to four words, in recordings of one to eight by one speaker."""
+    """Utterances of one to three words, in recordings of one to eight by one speaker; some training recordings are an
+    excerpt of a window's length instead."""
+    excerpts = EXCERPTS if split == "train" else 0.0
     everyone = speakers(voices)
     with shard_writer(folder / "data" / f"{split}-00000-of-00001.parquet", FEATURES) as write:
         made = recording = 0
         while made < count:
             speaker = everyone[draw.integers(len(everyone))]
-            for _ in range(min(draw.integers(1, 9), count - made)):
-                words = draw.choice(WORDS, size=draw.integers(1, 5)).tolist()
-                samples = noisy(padded(speaker.say(words), draw), noise, draw)
+            if draw.random() < excerpts:
+                samples, _, words = compose([said(speaker, draw) for _ in range(6)], draw)
+                spoken = [(words, samples)]
+            else:
+                spoken = [said(speaker, draw) for _ in range(min(draw.integers(1, 9), count - made))]
+                spoken = [(words, padded(samples, draw)) for words, samples in spoken]
+            for words, samples in spoken:
+                samples = noisy(samples, noise, draw)
                 write(row(samples, words, f"{split}-{made}", speaker.name, f"{split}-recording-{recording}"))
                 made += 1
             recording += 1
@@ -100,26 +110,25 @@ def write_long(folder: Path, draw) -> None:
     everyone = speakers(VOICES)
     with shard_writer(folder / "data" / "long-00000-of-00001.parquet", FEATURES) as write:
         for number in range(LONG_RECORDINGS):
-            speaker, parts, words = everyone[draw.integers(len(everyone))], [], []
+            speaker, parts, spoken = everyone[draw.integers(len(everyone))], [], []
             while sum(map(len, parts)) < LONG_S * RATE:
-                words.append(draw.choice(WORDS, size=draw.integers(1, 5)).tolist())
-                parts += [speaker.say(words[-1]), np.zeros(int(draw.uniform(0.2, 1.0) * RATE), np.float32)]
+                words, samples = said(speaker, draw)
+                spoken += words
+                parts += [samples, np.zeros(int(draw.uniform(0.2, 1.0) * RATE), np.float32)]
             samples = noisy(np.concatenate(parts), 0.005, draw)
-            spoken = [word for part in words for word in part]
             write(row(samples, spoken, f"long-{number}", speaker.name, f"long-{number}"))
 
 
 def write_windows(folder: Path, grammar: Grammar, draw) -> None:
     """Windows of utterances at known times, labelled with the truth: what the toy teacher is taught."""
     everyone = speakers(VOICES)
-    pool = [[(words, s.say(words)) for words in (some_words(draw) for _ in range(60))] for s in everyone]
+    pool = [[said(speaker, draw) for _ in range(60)] for speaker in everyone]
     with shard_writer(folder / "windows" / "train-00000-of-00001.parquet", WINDOW_FEATURES) as write:
         previous = None
         for number in bar(range(WINDOWS), desc="making windows", unit="window"):
-            said = pool[draw.integers(len(pool))]
-            samples, transcript, words = compose(
-                [said[i] for i in draw.integers(len(said), size=draw.integers(1, 7))], draw
-            )
+            known = pool[draw.integers(len(pool))]
+            chosen = draw.integers(len(known), size=draw.integers(1, 7))
+            samples, transcript, words = compose([known[index] for index in chosen], draw)
             write(
                 {
                     "audio": {"bytes": encode_flac(noisy(samples, draw.uniform(0, 0.015), draw), RATE), "path": None},
@@ -135,23 +144,30 @@ def write_windows(folder: Path, grammar: Grammar, draw) -> None:
 
 
 def compose(utterances: list[tuple[list[str], np.ndarray]], draw) -> tuple[np.ndarray, str, list[str]]:
-    """Utterances with pauses in a window: samples, transcript with timestamps to a tenth of a second, words."""
-    window = np.zeros(WINDOW_S * RATE, np.float32)
-    at, transcript, spoken = draw.uniform(0, 0.4), "", []
+    """A window cut out of utterances with pauses: samples, transcript with timestamps to a tenth of a second, and the
+    words of the utterances that are wholly in it."""
+    length = WINDOW_S * RATE
+    stream = np.zeros(3 * length, np.float32)  # the window is the middle third
+    at, transcript, spoken = draw.uniform(-1, 0) if draw.random() < 0.3 else draw.uniform(0, 0.4), "", []
     for words, samples in utterances:
         end = at + len(samples) / RATE
+        stream[length + int(at * RATE) :][: len(samples)] += draw.uniform(0.6, 1.0) * samples
         if end > WINDOW_S:
+            transcript += f"<|{at:.1f}0|>"
             break
-        window[int(at * RATE) :][: len(samples)] += draw.uniform(0.6, 1.0) * samples
-        transcript += f"<|{round(at, 1):.2f}|> {' '.join(words)}<|{round(end, 1):.2f}|>"
-        spoken += words
-        at = end + draw.uniform(0.1, 0.8)
-    return window, transcript, spoken
+        if at >= 0:
+            transcript += f"<|{at:.1f}0|> {' '.join(words)}<|{end:.1f}0|>"
+            spoken += words
+        at = end + draw.uniform(0.2, 0.8)
+        if at > WINDOW_S - 0.1:
+            break
+    return stream[length : 2 * length], transcript, spoken
 
 
-def some_words(draw) -> list[str]:
-    """One to four words."""
-    return draw.choice(WORDS, size=draw.integers(1, 5)).tolist()
+def said(speaker: Speaker, draw) -> tuple[list[str], np.ndarray]:
+    """One to three words, and how they sound."""
+    words = draw.choice(WORDS, size=draw.integers(1, 4)).tolist()
+    return words, speaker.say(words)
 
 
 def padded(samples: np.ndarray, draw) -> np.ndarray:
@@ -178,7 +194,13 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     draw = np.random.default_rng(0)
     toy_whisper.save(
-        args.model_dir, [" " + " ".join(WORDS)] * 3, WINDOW_S, d_model=128, encoder_layers=1, max_target_positions=96
+        args.model_dir,
+        [" " + " ".join(WORDS)] * 3,
+        WINDOW_S,
+        d_model=128,
+        encoder_layers=1,
+        max_target_positions=96,
+        max_initial_timestamp_index=WINDOW_S * 50,  # of a window that begins within an utterance, the next is first
     )
     tokenizer = WhisperTokenizer.from_pretrained(args.model_dir)
     for split, count in SPLITS.items():

@@ -49,6 +49,7 @@ def make_model(
     num_mel_bins: int = 80,
     max_target_positions: int = 128,
     multilingual: bool = True,
+    max_initial_timestamp_index: int = 50,
 ) -> WhisperForConditionalGeneration:
     """A Whisper with random weights for a tokenizer and a window length, and the generation config that it needs."""
     id_of = tokenizer.convert_tokens_to_ids
@@ -82,7 +83,7 @@ def make_model(
         is_multilingual=multilingual,
         no_timestamps_token_id=id_of("<|notimestamps|>"),
         prev_sot_token_id=id_of("<|startofprev|>"),
-        max_initial_timestamp_index=50,
+        max_initial_timestamp_index=max_initial_timestamp_index,
         return_timestamps=False,
         alignment_heads=[[layer, h] for layer in range(decoder_layers // 2, decoder_layers) for h in range(heads)],
         **(
