@@ -225,7 +225,7 @@ def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhispe
     device = accelerator.device
     student = load_whisper(args.model_name_or_path, attn_type=args.attn_type, cache_dir=args.cache_dir, device=device)
     if args.gradient_checkpointing:
-        student.model.gradient_checkpointing_enable({"use_reentrant": False})
+        student.model.activation_checkpointing_enable({"use_reentrant": False})
     if not args.kl_weight or args.teacher_model_name_or_path is None:
         return student, None
     teacher = load_whisper(

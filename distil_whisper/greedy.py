@@ -88,7 +88,7 @@ def greedy_search(
     first_logits = None
     for step in range(most):
         hidden = model.model.decoder(
-            input_ids=inputs, encoder_hidden_states=encoded, past_key_values=cache, use_cache=True
+            input_ids=inputs, encoder_hidden_states=encoded, cache=cache, use_cache=True
         ).last_hidden_state
         if first_logits is None:
             first_logits = model.proj_out(hidden[:, 0]).float()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, train_few, weights
-from transformers.models.whisper.modeling_whisper import WhisperDecoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import distil_whisper.sources
 import distil_whisper.training_sets
@@ -188,11 +188,11 @@ def watched(monkeypatch):
         result.processes.append(arguments[-1])
         return keep(*arguments[:-1], 1)
 
-    def forward(self, waveforms, *rest, step=Distiller.forward):
+    def forward(self, waveforms, *, step=Distiller.forward, **rest):
         enabled = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
         result.autocast.add(enabled)
         result.sizes["training" if self.training else "evaluation", len(waveforms)] += 1
-        return step(self, waveforms, *rest)
+        return step(self, waveforms, **rest)
 
     monkeypatch.setattr(mixing, "DataLoader", loader)
     monkeypatch.setattr(validation, "DataLoader", loader)
@@ -293,17 +293,17 @@ def test_the_learning_rate_follows_its_schedule(schedule, rates, student, labell
 
 
 def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(student, labelled, monkeypatch, tmp_path):
-    calls, forward = [], WhisperDecoderLayer.forward
+    calls, forward = [], WhisperAttention.forward
 
     def counted(self, *args, **kwargs):
         calls[-1] += 1
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(WhisperDecoderLayer, "forward", counted)
+    monkeypatch.setattr(WhisperAttention, "forward", counted)
     for name, flags in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
         calls.append(0)
         train_few(student, labelled, tmp_path / name, *ENGLISH, "--kl_weight", 0, *flags)
-    assert calls == [8, 16]  # two layers, four steps
+    assert calls[1] == 2 * calls[0] > 0
     plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
     assert all(torch.allclose(tensor, checkpointed[name], atol=1e-6) for name, tensor in plain.items())
 
