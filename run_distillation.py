@@ -73,6 +73,8 @@ class Arguments(ModelFields, DataFields, RunFields):
     eval_dataset_config_name: str | None = option(None, "Their configurations. Default: those of training.")
     eval_split_name: str = option("validation", "Their splits, separated by +.")
     eval_text_column_name: str = option("text", "Columns that hold their transcripts, separated by +.")
+    language_column_name: str = option("language", "Column of the language of each row, where there is one.")
+    task_column_name: str = option("task", "Column of the task of each row, where there is one.")
     max_train_samples: int | None = option(None, "Use only so many rows of each training dataset (map-style).")
     use_pseudo_labels: bool | None = option(
         None,
@@ -82,6 +84,23 @@ class Arguments(ModelFields, DataFields, RunFields):
     )
     wer_threshold: float | None = option(
         None, "Leave out rows whose pseudo-label differs from the transcript by more than this WER, in percent."
+    )
+    filter_metric: str = option(
+        "wer",
+        "What --wer_threshold limits: wer or cer. In languages written without spaces, characters are the words.",
+        choices=["wer", "cer"],
+    )
+    cut_utterances: bool = option(
+        True, "Cut utterances above --wer_threshold out of packed windows, where that is certain, and keep the rest."
+    )
+    min_avg_logprob: float | None = option(None, "Leave out rows with a lower mean log-probability of the teacher.")
+    max_no_speech_prob: float | None = option(None, "Leave out rows that the teacher holds for silence, so surely.")
+    max_compression_ratio: float | None = option(None, "Leave out pseudo-labels that zlib shrinks more: loops.")
+    max_ngram_repeats: int | None = option(None, "Leave out pseudo-labels that say the same three words more often.")
+    min_chars_per_second: float | None = option(None, "Leave out pseudo-labels with fewer characters a second.")
+    max_chars_per_second: float | None = option(None, "Leave out pseudo-labels with more characters a second.")
+    drop_language_mismatch: bool = option(
+        False, "Leave out rows where the teacher would have guessed another language than it was told."
     )
     drop_truncated: bool = option(True, "Leave out pseudo-labels that the teacher did not come to the end of.")
     drop_empty: bool = option(True, "Leave out rows with an empty label.")

@@ -10,11 +10,14 @@ on with the shards that are missing.
 """
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
-import pyarrow.parquet as pq
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+from datasets import Features
+from tqdm import tqdm
 
 from distil_whisper import hub
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse
@@ -26,21 +29,24 @@ from distil_whisper.handoff import (
     finish_shard,
     read_manifest,
     schema,
-    shard_writer,
     write_readme,
 )
-from distil_whisper.labelling import Columns, LabellingSettings, Tally, UnitLabeller
-from distil_whisper.metrics import character_errors, word_errors
+from distil_whisper.labelling import RUN_BATCHES, Columns, LabellingSettings, Tally, UnitLabeller
 from distil_whisper.models import LoadedWhisper, load_whisper
-from distil_whisper.normalisation import Normaliser, normaliser
+from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
+from distil_whisper.parts import PARTS, ShardInProgress
+from distil_whisper.plan import estimate
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.reading import Source
 from distil_whisper.sources import columns_of, open_sources
-from distil_whisper.tokens import language_and_task, plain_text
+from distil_whisper.summary import summarise
+from distil_whisper.tokens import language_and_task
 from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
+from distil_whisper.uploads import BackgroundUploads
 
 STAGE = "run_pseudo_labelling"
+STARTED = time.perf_counter()
 SKIPPED_FILE = "skipped.jsonl"
 LABEL_ARGUMENTS = (  # those that decide what the labels are
     "model_name_or_path",
@@ -58,6 +64,8 @@ LABEL_ARGUMENTS = (  # those that decide what the labels are
     "id_column_name",
     "speaker_id_column_name",
     "recording_id_column_name",
+    "language_column_name",
+    "task_column_name",
     "normalizer",
 )
 
@@ -76,6 +84,12 @@ class Arguments(ModelFields, DataFields, RunFields):
     id_column_name: str | None = option(None, "Column that identifies an utterance.")
     speaker_id_column_name: str | None = option(None, "Column that identifies the speaker.")
     recording_id_column_name: str | None = option(None, "Column that identifies the recording an utterance is from.")
+    language_column_name: str | None = option(
+        None, "Column of the language of each row, in place of --language. Default: language, where there is one."
+    )
+    task_column_name: str | None = option(
+        None, "Column of the task of each row, in place of --task. Default: task, where there is one."
+    )
     concatenate_audio: bool = option(
         False, "Pack utterances of one recording or speaker, in order, into windows of the model's length."
     )
@@ -91,7 +105,13 @@ class Arguments(ModelFields, DataFields, RunFields):
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
     )
     per_device_eval_batch_size: int = option(16, "Windows of a process in a batch.")
-    logging_steps: int = option(500, "Batches between two lines of metrics.")
+    logging_steps: int = option(
+        500, "Batches between two lines of metrics; what is labelled by then survives a kill, inside a shard too."
+    )
+    max_skipped: float = option(5.0, "Stop when more than so many percent of the rows cannot be labelled.")
+    dry_run: bool = option(
+        False, "Label a few windows as a trial, print rows, hours, time and disk that the whole takes, and stop."
+    )
     normalizer: str | None = option(
         None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
     )
@@ -103,15 +123,18 @@ class Job:
 
     args: Arguments
     accelerator: Accelerator
-    folder: OutputFolder
+    folder: OutputFolder | None
     whisper: LoadedWhisper
     decoder: Decoder
     language: str | None
     task: str | None
-    normaliser: Normaliser
-    trackers: Trackers
+    normalisers: Normalisers
+    trackers: Trackers | None = None
     repo: str | None = None
+    uploads: BackgroundUploads | None = None
     batches: int = 0
+    read: int = 0  # rows of the units that this process labelled, and those of them that it skipped
+    skipped: int = 0
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -128,6 +151,11 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("per_device_eval_batch_size", "logging_steps", "generation_num_beams", "max_label_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    for flag in ("language", "task"):
+        if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
+            raise UserError(
+                f"--{flag} and --{flag}_column_name were given; it is one for all rows, or each has its own"
+            )
     return args
 
 
@@ -175,20 +203,38 @@ def shards_of(source: Source) -> list[ShardFile]:
 
 def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
     """The columns of each source by their role. Raises UserError for one that is not there."""
-    flags = ("text_column_name", "id_column_name", "speaker_id_column_name", "recording_id_column_name")
-    texts, *others = [columns_of(args, "dataset", sources, flag) for flag in flags]
-    texts = [
-        text or ("text" if "text" in source.column_names else None)
-        for text, source in zip(texts, sources, strict=True)
-    ]
-    return [Columns(args.audio_column_name, *roles) for roles in zip(texts, *others, strict=True)]
+
+    def given(role: str) -> list[str | None]:
+        return columns_of(args, "dataset", sources, f"{role}_column_name")
+
+    def given_or(role: str, flag: str | None) -> list[str | None]:
+        """The columns that were named, else the one of the role's own name, unless a flag stands in for it."""
+        return [
+            name or (role if role in source.column_names and not flag else None)
+            for name, source in zip(given(role), sources, strict=True)
+        ]
+
+    roles = [given_or("text", None), given("id"), given("speaker_id"), given("recording_id")]
+    roles += [given_or("language", args.language), given_or("task", args.task)]
+    return [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]
 
 
-def label_source(job: Job, source: Source, columns: Columns) -> None:
-    """Label this process's share of the units that are not finished."""
-    args = job.args
-    windows_are_rows = not args.concatenate_audio and args.long_audio == "skip"
-    kept = None if windows_are_rows else columns.kept_in_windows()
+def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabeller, Features]:
+    """What labels the units of a source, and the features of the rows that it writes.
+
+    Raises UserError where nothing names the language, or an English-only model is given one.
+    """
+    args, multilingual = job.args, job.whisper.grammar.multilingual
+    if multilingual and job.language is None and columns.language is None:
+        raise UserError(
+            "--language is missing: the teacher is multilingual, and neither its generation config nor a column of "
+            f"{source.label} names the language"
+        )
+    if not multilingual:
+        if args.language_column_name:
+            raise UserError("--language_column_name was given, but the model is English-only")
+        columns = replace(columns, language=None, task=None)
+    kept = columns.kept_in_windows() if args.concatenate_audio or args.long_audio == "split" else None
     features, renamed = schema(source.features, kept, columns.audio, columns.text)
     settings = LabellingSettings(
         job.language,
@@ -198,8 +244,13 @@ def label_source(job: Job, source: Source, columns: Columns) -> None:
         args.decode_token_ids,
         args.per_device_eval_batch_size,
         args.dataloader_num_workers,
+        min(RUN_BATCHES, args.logging_steps),
     )
-    labeller = UnitLabeller(job.whisper, job.decoder, columns, settings, job.normaliser, renamed)
+    return UnitLabeller(job.whisper, job.decoder, columns, settings, job.normalisers, renamed), features
+
+
+def label_source(job: Job, source: Source, labeller: UnitLabeller, features: Features) -> None:
+    """Label this process's share of the units that are not finished."""
     shards = shards_of(source)
     missing = [shard for shard in shards if read_manifest(job.folder, shard) is None]
     job.accelerator.print(f"{source.label}: {len(shards) - len(missing)} of {len(shards)} shards are finished")
@@ -207,64 +258,43 @@ def label_source(job: Job, source: Source, columns: Columns) -> None:
     mine = missing[job.accelerator.process_index :: job.accelerator.num_processes]
     progress = bar(total=source.num_rows, desc=f"labelling {source.label}", unit="row")
     for shard in mine:
-        label_shard(job, source, shard, labeller, features, progress)
+        with ShardInProgress(job.folder, shard, features) as rows:
+            label_shard(job, source, labeller, rows, progress)
     progress.close()
     job.accelerator.wait_for_everyone()
 
 
-def label_shard(job: Job, source: Source, shard: ShardFile, labeller: UnitLabeller, features, progress) -> None:
-    """Label one unit into its file."""
-    tally = Tally()
-    with shard_writer(job.folder / shard.name, features) as write:
-        for rows in labeller(source, shard.index, tally):
-            for row in rows:
-                write(row)
-            progress.update(len(rows))
-            job.batches += 1
-            if job.batches % job.args.logging_steps == 0:
-                job.trackers.log(
-                    {"rows_of_shard": tally.rows, "audio_hours_of_shard": tally.seconds / 3600}, job.batches
-                )
-    finish_shard(job.folder, shard, {"rows": tally.rows, "seconds": tally.seconds, "skipped": tally.skipped})
-    write_readme(job.folder, card(job, {}))
+def label_shard(job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, progress) -> None:
+    """Label one unit, or what an earlier run left of it, into its file."""
+    tally, steps = Tally(**shard.progress), job.args.logging_steps
+    for rows in labeller(source, shard.shard.index, tally):
+        for row in rows:
+            shard.write(row)
+        progress.update(len(rows))
+        before, job.batches = job.batches, job.batches + -(-len(rows) // job.args.per_device_eval_batch_size)
+        if job.batches // steps > before // steps:
+            shard.keep(tally.progress())
+            hours = {"rows_of_shard": tally.rows, "audio_hours_of_shard": tally.seconds / 3600}
+            job.trackers.log(hours, job.batches)
+    shard.finish(tally.progress())
+    facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
+    finish_shard(job.folder, shard.shard, facts)
+    shard.forget()
+    write_readme(job.folder, card(job, []))
+    if job.uploads:
+        job.uploads.add(shard.shard.name, "README.md")
+    job.read, job.skipped = job.read + tally.read, job.skipped + len(tally.skipped)
+    check_skipped(job.args, job.read, job.skipped)
 
 
-def summarise(job: Job, source: Source, columns: Columns) -> dict:
-    """What a split came to, read from its finished files: rows, hours, skipped rows, WER and CER of the teacher."""
-    manifests = [read_manifest(job.folder, shard) for shard in shards_of(source)]
-    skipped = [entry for manifest in manifests for entry in manifest["skipped"]]
-    summary = {
-        "split": f"{source.config or 'default'}/{source.split}",
-        "rows": sum(manifest["rows"] for manifest in manifests),
-        "hours": round(sum(manifest["seconds"] for manifest in manifests) / 3600, 3),
-        "skipped": len(skipped),
-    }
-    if columns.text is not None and job.task != "translate":
-        summary |= error_rates(job, source, columns.text)
-    return summary
-
-
-def error_rates(job: Job, source: Source, text_column: str) -> dict:
-    """The teacher's WER and CER over a split's finished files, normalised; rows without a transcript do not count."""
-    totals = {"wer": [0, 0], "cer": [0, 0]}
-    for shard in shards_of(source):
-        path = job.folder / shard.name
-        for batch in (
-            pq.ParquetFile(path).iter_batches(columns=[text_column, "whisper_transcript"]) if path.exists() else []
-        ):
-            for row in batch.to_pylist():
-                if row[text_column] is None:
-                    continue
-                reference, spoken = (
-                    job.normaliser(row[text_column]),
-                    job.normaliser(plain_text(row["whisper_transcript"])),
-                )
-                for name, errors in (
-                    ("wer", word_errors(reference, spoken)),
-                    ("cer", character_errors(reference, spoken)),
-                ):
-                    totals[name] = [totals[name][0] + errors.errors, totals[name][1] + errors.reference_words]
-    return {name: round(100 * wrong / total, 2) if total else None for name, (wrong, total) in totals.items()}
+def check_skipped(args: Arguments, read: int, skipped: int, at_least: int = 100) -> None:
+    """Raise UserError if too many rows cannot be labelled. A few rows say little: they are judged at the end."""
+    if read >= at_least and 100 * skipped > args.max_skipped * read:
+        raise UserError(
+            f"{skipped} of {read} rows cannot be labelled, more than --max_skipped {args.max_skipped:g} percent; the "
+            f"others are kept in {args.output_dir}, and {SKIPPED_FILE} there says why: mend them, use --long_audio "
+            "split for audio longer than the window, or allow more"
+        )
 
 
 def card(job: Job, summaries: list[dict]) -> str:
@@ -275,23 +305,32 @@ def card(job: Job, summaries: list[dict]) -> str:
         teacher=args.model_name_or_path,
         sources=args.dataset_name.split("+"),
         arguments=public_arguments(args),
-        splits=summaries or [],
+        splits=summaries,
         columns=MEANINGS,
-        facts={"Language": job.language, "Task": job.task, "Text normaliser": job.normaliser.name},
+        facts={"Language": job.language, "Task": job.task},
     )
 
 
-def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
-    """Write and show what the labelled splits came to, and list the rows that were skipped."""
-    summaries = [summarise(job, source, roles) for source, roles in zip(sources, columns, strict=True)]
+def list_skipped(job: Job, sources: list[Source]) -> list[dict]:
+    """Write the rows of the finished shards that were skipped into a file, and return them."""
     skipped = [
         {"split": f"{shard.config}/{shard.split}", **entry}
         for source in sources
         for shard in shards_of(source)
-        for entry in read_manifest(job.folder, shard)["skipped"]
+        for entry in (read_manifest(job.folder, shard) or {"skipped": []})["skipped"]
     ]
     if skipped:
         write_text(job.folder / SKIPPED_FILE, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in skipped))
+    return skipped
+
+
+def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
+    """Write and show what the labelled splits came to, and list the rows that were skipped."""
+    summaries = [
+        summarise(job.folder, shards_of(source), roles.text, job.normalisers, job.whisper.window.seconds)
+        for source, roles in zip(sources, columns, strict=True)
+    ]
+    skipped = list_skipped(job, sources)
     write_readme(job.folder, card(job, summaries))
     for summary in summaries:
         job.trackers.log(
@@ -302,9 +341,10 @@ def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
         f"saved in {job.folder.path}"
         + (f"; {len(skipped)} skipped rows are listed in {SKIPPED_FILE}" if skipped else "")
     )
+    check_skipped(job.args, sum(summary["read"] for summary in summaries), len(skipped), at_least=0)
 
 
-def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Job:
+def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None) -> Job:
     """Load the teacher and settle what it is told."""
     whisper = load_whisper(
         args.model_name_or_path,
@@ -314,41 +354,78 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Jo
         device=accelerator.device,
     )
     language, task = language_and_task(args.language, args.task, whisper.grammar, whisper.model.generation_config)
-    if whisper.grammar.multilingual and language is None:
-        raise UserError("--language is missing: the teacher is multilingual, and nothing else names the language")
     decoder = Decoder(
         whisper,
         num_beams=args.generation_num_beams,
         max_label_length=args.max_label_length,
         return_timestamps=args.return_timestamps,
     )
-    rules = normaliser(args.normalizer, language, whisper.tokenizer)
-    trackers = Trackers(accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args))
-    return Job(args, accelerator, folder, whisper, decoder, language, task, rules, trackers)
+    return Job(
+        args, accelerator, folder, whisper, decoder, language, task, Normalisers(args.normalizer, whisper.tokenizer)
+    )
+
+
+def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source], columns: list[Columns]) -> None:
+    """Say what labelling would take, after a trial on this machine. Writes nothing into the output folder."""
+    if not accelerator.is_main_process:
+        return
+    job = begin(args, accelerator, None)
+    loaded = time.perf_counter() - STARTED
+    for source, roles in zip(sources, columns, strict=True):
+        plan = estimate(source, *make_labeller(job, source, roles))
+        print("\n".join(plan.lines(accelerator.num_processes, loaded)))
+
+
+def publish_to(args: Arguments, accelerator: Accelerator) -> str | None:
+    """The repository that every process pushes its shards to, made first so that a refusal comes first."""
+    repo = [None]
+    if args.push_to_hub and accelerator.is_main_process:
+        private = args.hub_private_repo
+        repo = [hub.resolve_repo(args.output_dir, args.hub_model_id, repo_type="dataset", private=private)]
+    return broadcast_object_list(repo)[0] if args.push_to_hub else None
+
+
+def label(job: Job, sources: list[Source], columns: list[Columns]) -> None:
+    """Label what is not finished, and push it while that goes on."""
+    args = job.args
+    labellers = [make_labeller(job, source, roles) for source, roles in zip(sources, columns, strict=True)]
+    job.trackers = Trackers(job.accelerator, job.folder, args.wandb_project, args.wandb_name, public_arguments(args))
+    job.accelerator.wait_for_everyone()
+    job.folder.share()
+    if job.repo:
+        job.uploads = BackgroundUploads(job.folder.path, job.repo, tqdm.write)
+    try:
+        for source, (labeller, features) in zip(sources, labellers, strict=True):
+            label_source(job, source, labeller, features)
+    except UserError:
+        list_skipped(job, sources)
+        raise
+    finally:
+        if job.uploads:
+            job.uploads.finish()
+    job.accelerator.wait_for_everyone()
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
     accelerator = make_accelerator(args)
-    main_process = accelerator.is_main_process
-    with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, main_process) as folder:
-        repo = None
-        if args.push_to_hub and main_process:
-            private = args.hub_private_repo
-            repo = hub.resolve_repo(args.output_dir, args.hub_model_id, repo_type="dataset", private=private)
-        sources = open_sources(args)
-        columns = columns_for(args, sources)
+    sources = open_sources(args)
+    columns = columns_for(args, sources)
+    if args.dry_run:
+        print_plan(args, accelerator, sources, columns)
+        return
+    with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
         check_arguments(args, folder, sources)
         shards = [shard for source in sources for shard in shards_of(source)]
-        folder.claim("README.md", SKIPPED_FILE, *(name for s in shards for name in (s.name, s.manifest)))
+        folder.claim("README.md", SKIPPED_FILE, PARTS, *(name for s in shards for name in (s.name, s.manifest)))
+        repo = publish_to(args, accelerator)
         job = begin(args, accelerator, folder)
         job.repo = repo
-        accelerator.wait_for_everyone()
-        for source, roles in zip(sources, columns, strict=True):
-            label_source(job, source, roles)
-        if main_process:
+        label(job, sources, columns)
+        if accelerator.is_main_process:
             report(job, sources, columns)
+            folder.remove(PARTS)
             if repo:
                 names = ["README.md", *(shard.name for shard in shards)]
                 url = hub.push_folder(folder.path, repo, names, repo_type="dataset", message="Pseudo-labels")

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,12 +28,14 @@ class Decoded:
     truncated: the length limit came before the end token.
     avg_logprob: mean log-probability of the tokens, the end token included, after the rules of decoding (suppressed
     tokens, timestamps), as in openai/whisper. no_speech_prob: probability of <|nospeech|> after <|startoftranscript|>.
+    language: the code of the likeliest language there, whatever the model was told; None for an English-only model.
     """
 
     ids: list[int]
     truncated: bool
     avg_logprob: float
     no_speech_prob: float
+    language: str | None = None
 
 
 class Decoder:
@@ -87,9 +88,7 @@ class Decoder:
         )
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
         found = greedy_search(self.model, encoded, prefix, rules, most)
-        no_speech = found.first_logits.softmax(-1)[:, grammar.no_speech]
-        rows = zip(found.tokens, found.logprobs, no_speech.tolist(), strict=True)
-        return [self._decoded(*row) for row in rows]
+        return self._decoded(found.tokens, found.logprobs, found.first_logits)
 
     def _beams(
         self, encoded: torch.Tensor, prefix: list[int], language: str | None, task: str | None
@@ -112,15 +111,22 @@ class Decoder:
         if output.sequences[0, : len(prefix)].tolist() != prefix:
             raise RuntimeError(f"generate began with {output.sequences[0].tolist()}, expected {prefix}")
         logprobs = scores.of_tokens(generated, output.beam_indices)
-        no_speech = captured[0][:: self.num_beams, 0].float().softmax(-1)[:, self.grammar.no_speech]
-        rows = zip(generated.tolist(), logprobs.tolist(), no_speech.tolist(), strict=True)
-        return [self._decoded(*row) for row in rows]
+        return self._decoded(generated.tolist(), logprobs.tolist(), captured[0][:: self.num_beams, 0].float())
 
-    def _decoded(self, tokens: list[int], logprobs: list[float], no_speech_prob: float) -> Decoded:
+    def _decoded(self, tokens: list[list[int]], logprobs: list[list[float]], first: torch.Tensor) -> list[Decoded]:
+        """Results from tokens and their log-probabilities by row, and the logits behind <|startoftranscript|>."""
+        no_speech = first.softmax(-1)[:, self.grammar.no_speech].tolist()
+        codes, ids = list(self.grammar.languages), list(self.grammar.languages.values())
+        languages = [codes[place] for place in first[:, ids].argmax(-1).tolist()] if codes else [None] * len(first)
+        return [self._until_end(*row) for row in zip(tokens, logprobs, no_speech, languages, strict=True)]
+
+    def _until_end(
+        self, tokens: list[int], logprobs: list[float], no_speech_prob: float, language: str | None
+    ) -> Decoded:
         truncated = self.grammar.end not in tokens
         ids = tokens if truncated else tokens[: tokens.index(self.grammar.end)]
         counted = len(ids) + (not truncated)
-        return Decoded(ids, truncated, sum(logprobs[:counted]) / max(counted, 1), no_speech_prob)
+        return Decoded(ids, truncated, sum(logprobs[:counted]) / max(counted, 1), no_speech_prob, language)
 
 
 class SearchScores(LogitsProcessor):
@@ -165,9 +171,3 @@ def first_logits(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         yield captured
     finally:
         handle.remove()
-
-
-def compression_ratio(text: str) -> float:
-    """How much zlib shrinks a text (as openai/whisper measures it): loops of repeated words give high values."""
-    encoded = text.encode("utf-8")
-    return len(encoded) / len(zlib.compress(encoded))

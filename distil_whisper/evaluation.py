@@ -13,9 +13,10 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from distil_whisper import progress
+from distil_whisper.alignment import word_errors
 from distil_whisper.arguments import option
 from distil_whisper.errors import UserError
-from distil_whisper.metrics import RATES, score, word_errors
+from distil_whisper.metrics import RATES, score
 from distil_whisper.mixing import workers
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import Normaliser, normaliser

@@ -8,6 +8,7 @@ import torch
 
 from distil_whisper.audio import AudioError, Window, decode, stack
 from distil_whisper.augmentation import WaveformAugment, at_speed
+from distil_whisper.cutting import REMOVED, cut_samples
 from distil_whisper.errors import UserError
 from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
 
@@ -35,6 +36,8 @@ class LabelColumns:
     task: str | None = None
     default_language: str | None = None
     default_task: str | None = None
+    language_column: str = "language"
+    task_column: str = "task"
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,12 @@ class Labeller:
         """The language of a row: that of the run, else its own, else the default; None for an English-only model."""
         if not self.grammar.multilingual:
             return None
-        return columns.language or row.get("language") or columns.default_language
+        own = row.get(columns.language_column)
+        return columns.language or (self.grammar.language_code(own) if own else columns.default_language)
 
     def task(self, row: dict, columns: LabelColumns) -> str | None:
         """The task of a row, found as the language is."""
-        return columns.task or row.get("task") or columns.default_task
+        return columns.task or row.get(columns.task_column) or columns.default_task
 
     def sequence(
         self, row: dict, columns: LabelColumns, row_id: str, epoch: int, speed: float = 1.0
@@ -153,6 +157,7 @@ class ExampleMaker:
             samples = decode(row[self.audio_column], self.window.sampling_rate)
         except AudioError as error:
             return Example(row_id, problem=str(error))
+        samples = cut_samples(samples, row.get(REMOVED), self.window.sampling_rate)
         if len(samples) > self.window.samples:
             seconds = len(samples) / self.window.sampling_rate
             return Example(row_id, problem=f"longer than the window: {seconds:.1f} s of {self.window.seconds:g} s")

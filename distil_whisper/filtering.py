@@ -4,44 +4,80 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
+from distil_whisper.alignment import characters, utterance_errors
+from distil_whisper.cutting import cut_utterances
+from distil_whisper.errors import UserError
 from distil_whisper.examples import LabelColumns, Labeller
-from distil_whisper.metrics import Errors, word_errors
-from distil_whisper.normalisation import Normaliser
+from distil_whisper.normalisation import Normaliser, is_spaceless
 from distil_whisper.progress import bar
-from distil_whisper.tokens import plain_text
+from distil_whisper.tokens import compression_ratio, plain_text
 
 KEPT = "kept"
+CUT = "kept without the utterances above --wer_threshold"
 ROWS_PER_TASK = 5_000
+
+
+# What a teacher's own figures say against a row: the threshold, and whether values below or above it are left out.
+LIMITS = {
+    "min_avg_logprob": ("avg_logprob", "below"),
+    "max_no_speech_prob": ("no_speech_prob", "above"),
+    "max_compression_ratio": ("compression_ratio", "above"),
+    "max_ngram_repeats": ("ngram_repeats", "above"),
+    "min_chars_per_second": ("chars_per_second", "below"),
+    "max_chars_per_second": ("chars_per_second", "above"),
+}
+NEEDED_COLUMNS = {  # of the hand-off dataset; the other figures are of the text
+    "min_avg_logprob": "avg_logprob",
+    "max_no_speech_prob": "no_speech_prob",
+    "min_chars_per_second": "duration",
+    "max_chars_per_second": "duration",
+    "drop_language_mismatch": "detected_language",
+}
+NGRAM = 3  # words (characters where no spaces are written) of which repeats are counted
 
 
 @dataclass(frozen=True)
 class FilterSettings:
-    """What is left out of training. wer_threshold is in percent, None for no threshold."""
+    """What is left out of training; None for no limit. wer_threshold is in percent of words, or of characters where
+    by_characters; utterances above it are cut out of packed windows if cut_utterances."""
 
     wer_threshold: float | None
     max_label_length: int | None
     window_seconds: float
     drop_truncated: bool = True
     drop_empty: bool = True
+    by_characters: bool = False
+    cut_utterances: bool = False
+    min_avg_logprob: float | None = None
+    max_no_speech_prob: float | None = None
+    max_compression_ratio: float | None = None
+    max_ngram_repeats: int | None = None
+    min_chars_per_second: float | None = None
+    max_chars_per_second: float | None = None
+    drop_language_mismatch: bool = False
 
 
 class RowFilter:
     """Says of a row (its audio is not needed) why it is left out, or that it is kept."""
 
-    def __init__(self, labeller: Labeller, columns: LabelColumns, normaliser: Normaliser, settings: FilterSettings):
+    def __init__(
+        self,
+        labeller: Labeller,
+        columns: LabelColumns,
+        normalisers: Callable[[str | None], Normaliser],
+        settings: FilterSettings,
+    ):
         self.labeller = labeller
         self.columns = columns
-        self.normaliser = normaliser
+        self.normalisers = normalisers
         self.settings = settings
 
     def __call__(self, row: dict) -> str:
-        """KEPT, or the reason in words that the table shows."""
+        """KEPT, CUT, or the reason in words that the table shows. Raises UserError for a label that cannot be read."""
         settings = self.settings
         if (row.get("duration") or 0.0) > settings.window_seconds:
             return "audio longer than the window"
@@ -55,46 +91,81 @@ class RowFilter:
             return "label longer than --max_label_length"
         if self.labeller.frame(row, self.columns, target) is None:
             return "label longer than the decoder's positions"
-        if self.columns.pseudo and settings.wer_threshold is not None:
-            rate = self.word_error_rate(row)
-            if rate is not None and rate > settings.wer_threshold:
-                return "WER above --wer_threshold"
-        return KEPT
+        return (self.columns.pseudo and (self.doubt(row) or self.disagreement(row))) or KEPT
 
-    def word_error_rate(self, row: dict) -> float | None:
-        """WER of the pseudo-label in percent; of a packed window, that of its worst utterance. None without a
+    def trimmed(self, row: dict) -> dict:
+        """A row that is kept, without the utterances that are to be cut out of it."""
+        cut = self._without_bad_utterances(row) if self.columns.pseudo and self._is_above(row) else None
+        return row if cut is None else cut
+
+    def doubt(self, row: dict) -> str | None:
+        """Which of the teacher's own figures speaks against a row, None if none does."""
+        settings = self.settings
+        for name, (figure, side) in LIMITS.items():
+            limit = getattr(settings, name)
+            value = None if limit is None else self.figure(row, figure)
+            if value is not None and (value < limit if side == "below" else value > limit):
+                return f"{figure} {side} --{name}"
+        detected, told = row.get("detected_language"), row.get("language")
+        if settings.drop_language_mismatch and detected is not None and detected != told:
+            return "another language than the teacher was told"
+        return None
+
+    def figure(self, row: dict, name: str) -> float | None:
+        """One of the figures that limits are for; None where the row does not tell."""
+        text = plain_text(row["whisper_transcript"] or "")
+        if name == "compression_ratio":
+            return compression_ratio(text)
+        if name == "chars_per_second":
+            return len(text) / row["duration"] if row.get("duration") else None
+        if name == "ngram_repeats":
+            spaceless = is_spaceless(self.labeller.language(row, self.columns))
+            return ngram_repeats(characters(text) if spaceless else text.split())
+        return row.get(name)
+
+    def disagreement(self, row: dict) -> str | None:
+        """Whether the transcript speaks against a row (the reason), or against some of its utterances (CUT)."""
+        if not self._is_above(row):
+            return None
+        if self._without_bad_utterances(row) is not None:
+            return CUT
+        return f"{'CER' if self.settings.by_characters else 'WER'} above --wer_threshold"
+
+    def error_rates(self, row: dict) -> list[float]:
+        """WER (or CER) of the pseudo-label in percent, of each utterance of a packed window. Empty without a
         transcript, and for a translation, whose transcript is in another language."""
         if row.get("task") == "translate" or self.columns.text is None:
+            return []
+        normaliser, by_characters = self.normaliser(row), self.settings.by_characters
+        if row.get("wer") is not None and row.get("normalizer") == normaliser.name and not by_characters:
+            return row.get("utterance_wer") or [row["wer"]]
+        texts = row.get("utterance_texts") or [row.get(self.columns.text)]
+        if any(text is None for text in texts):
+            return []
+        units = characters if by_characters else str.split
+        spoken = plain_text(row["whisper_transcript"] or "")
+        return [pair.rate for pair in utterance_errors(texts, spoken, normaliser, units)]
+
+    def normaliser(self, row: dict) -> Normaliser:
+        """The normaliser of a row's language."""
+        return self.normalisers(self.labeller.language(row, self.columns))
+
+    def _is_above(self, row: dict) -> bool:
+        threshold = self.settings.wer_threshold
+        return threshold is not None and any(rate > threshold for rate in self.error_rates(row))
+
+    def _without_bad_utterances(self, row: dict) -> dict | None:
+        if not self.settings.cut_utterances or len(row.get("utterance_texts") or []) < 2:
             return None
-        if row.get("wer") is not None and row.get("normalizer") == self.normaliser.name:
-            return row["wer"]
-        utterances = row.get("utterance_texts") or [row.get(self.columns.text)]
-        if any(text is None for text in utterances):
-            return None
-        return worst(utterance_errors(utterances, plain_text(row["whisper_transcript"] or ""), self.normaliser)).rate
+        rates = self.error_rates(row)
+        bad = {part for part, rate in enumerate(rates) if rate > self.settings.wer_threshold}
+        return cut_utterances(row, bad, self.normaliser(row))
 
 
-def utterance_errors(references: list[str], hypothesis: str, normaliser: Callable[[str], str]) -> list[Errors]:
-    """Word errors of each utterance of a packed window, from one alignment of all their words to its transcript.
-
-    A word that was inserted counts for the utterance of the word before it (the first one's at the start).
-    """
-    if len(references) == 1:
-        return [word_errors(normaliser(references[0]), normaliser(hypothesis))]
-    words = [normaliser(reference).split() for reference in references]
-    bounds = np.cumsum([0, *(len(part) for part in words)])
-    counts = [0] * len(words)
-    everything = [word for part in words for word in part]
-    for edit in Levenshtein.editops(everything, normaliser(hypothesis).split()):
-        position = edit.src_pos - 1 if edit.tag == "insert" else edit.src_pos
-        owner = int(np.searchsorted(bounds, max(position, 0), side="right")) - 1
-        counts[min(owner, len(words) - 1)] += 1
-    return [Errors(count, end - start) for count, (start, end) in zip(counts, pairwise(bounds.tolist()), strict=True)]
-
-
-def worst(errors: list[Errors]) -> Errors:
-    """The pair with the highest rate."""
-    return max(errors, key=lambda pair: pair.rate)
+def ngram_repeats(words: list[str], size: int = NGRAM) -> int:
+    """How often the most frequent run of so many words occurs."""
+    counts = Counter(tuple(words[place : place + size]) for place in range(len(words) - size + 1))
+    return max(counts.values(), default=0)
 
 
 def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray, Counter]:
@@ -112,7 +183,12 @@ def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray
     else:
         verdicts = list(bar(map(_verdicts, tasks), **options))
     reasons = [reason for part in verdicts for reason in part]
-    return np.flatnonzero([reason == KEPT for reason in reasons]), Counter(reasons)
+    return np.flatnonzero([is_kept(reason) for reason in reasons]), Counter(reasons)
+
+
+def is_kept(reason: str) -> bool:
+    """Whether a RowFilter's answer lets a row be trained on."""
+    return reason in (KEPT, CUT)
 
 
 def table(counts: Iterable[tuple[str, Counter]]) -> str:
@@ -120,11 +196,17 @@ def table(counts: Iterable[tuple[str, Counter]]) -> str:
     lines = []
     for name, counter in counts:
         total = sum(counter.values())
-        lines.append(f"{name}: {counter[KEPT]} of {total} rows kept")
+        lines.append(f"{name}: {counter[KEPT] + counter[CUT]} of {total} rows kept")
         lines += [f"  {count:>8}  {reason}" for reason, count in counter.most_common() if reason != KEPT]
     return "\n".join(lines)
 
 
 def _verdicts(task) -> list[str]:
     dataset, row_filter, (start, end) = task
-    return [row_filter(row) for row in dataset.select(range(start, end))]
+    verdicts = []
+    for number, row in enumerate(dataset.select(range(start, end)), start):
+        try:
+            verdicts.append(row_filter(row))
+        except UserError as error:
+            raise UserError(f"row {row.get('row_id') or number}: {error}") from error
+    return verdicts

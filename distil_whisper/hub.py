@@ -90,6 +90,18 @@ def push_folder(
     return f"{HfApi().endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
 
 
+def push_files(folder: str | Path, repo_id: str, names: Iterable[str], *, repo_type: str, message: str) -> None:
+    """Upload these files of a folder and touch no others. Raises UserError if the Hub or the network refuses."""
+    with _one_sentence(f"pushing to {repo_id} failed"):
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            repo_type=repo_type,
+            commit_message=message,
+            allow_patterns=[glob.escape(name) for name in names],
+        )
+
+
 def push_results(repo_id: str, results: Iterable[Result]) -> str:
     """Put figures into the metadata of a model's card, and return the page's address.
 

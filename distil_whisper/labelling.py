@@ -1,25 +1,26 @@
 """Pseudo-labelling of one unit of a dataset: rows in, windows to the teacher, labelled rows out, in order."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 
-import numpy as np
-
 from distil_whisper import packing
+from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.audio import AudioError, decode, encode_flac, stack
-from distil_whisper.decoding import Decoded, Decoder, compression_ratio
-from distil_whisper.filtering import utterance_errors, worst
-from distil_whisper.metrics import Errors
+from distil_whisper.decoding import Decoded, Decoder
+from distil_whisper.errors import UserError
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper
-from distil_whisper.normalisation import Normaliser
+from distil_whisper.normalisation import Normaliser, is_spaceless
 from distil_whisper.packing import Utterance, WindowAudio
 from distil_whisper.reading import Source
-from distil_whisper.tokens import plain_text
+from distil_whisper.tokens import compression_ratio, plain_text
+
+RUN_BATCHES = 8  # the windows of so many batches are sorted by what they cost, and then put back in order
+TASKS = ("transcribe", "translate")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Columns:
     id: str | None = None
     speaker: str | None = None
     recording: str | None = None
+    language: str | None = None
+    task: str | None = None
 
     @property
     def owner(self) -> str | None:
@@ -45,7 +48,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class LabellingSettings:
-    """How windows are made and what is written of them."""
+    """How windows are made and what is written of them. language and task are for rows that do not name their own."""
 
     language: str | None
     task: str | None
@@ -54,19 +57,27 @@ class LabellingSettings:
     decode_token_ids: bool
     batch_size: int
     num_workers: int
+    run_batches: int = RUN_BATCHES
 
 
 @dataclass
 class Tally:
-    """What became of a unit's rows."""
+    """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; the tokens of
+    the last window of each recording."""
 
     rows: int = 0
     seconds: float = 0.0
+    read: int = 0
     skipped: list[dict] = field(default_factory=list)
+    previous: dict[str, list[int] | None] = field(default_factory=dict)
 
     def skip(self, row_id: str, reason: str) -> None:
         """Note a row that cannot be labelled."""
         self.skipped.append({"row_id": row_id, "reason": reason})
+
+    def progress(self) -> dict:
+        """What it takes to go on behind the windows that are labelled; the rest is found again by reading."""
+        return {"rows": self.rows, "seconds": self.seconds, "previous": self.previous}
 
 
 class UnitLabeller:
@@ -79,30 +90,45 @@ class UnitLabeller:
         decoder: Decoder,
         columns: Columns,
         settings: LabellingSettings,
-        normaliser: Normaliser,
+        normalisers: Callable[[str | None], Normaliser],
         renamed: dict[str, str],
     ):
         self.whisper = whisper
         self.decoder = decoder
         self.columns = columns
         self.settings = settings
-        self.normaliser = normaliser
+        self.normalisers = normalisers
         self.renamed = renamed
 
     def __call__(self, source: Source, unit: int, tally: Tally) -> Iterator[list[dict]]:
-        """The labelled rows of a unit, batch by batch; what was left out is noted in tally."""
-        previous: dict[str, list[int] | None] = {}
-        for batch in batched(self.windows(source, unit, tally), self.settings.batch_size):
-            waveforms = stack([window.samples for window in batch], self.whisper.window)
-            decoded = self.decoder(waveforms, self.settings.language, self.settings.task)
+        """The labelled rows of a unit in order, some batches at a time; what was left out is noted in tally.
+
+        A tally that has labelled windows makes it go on behind them: they are read again, and not decoded again.
+        """
+        settings = self.settings
+        windows = islice(self.windows(source, unit, tally), tally.rows, None)
+        runs = batched(windows, settings.run_batches * settings.batch_size)
+        for run in _one_ahead(runs, settings.num_workers):
             rows = []
-            for window, result in zip(batch, decoded, strict=True):
-                prompt = None if window.after_gap else previous.get(window.recording_id)
+            for window, result in zip(run, self.decoded(run), strict=True):
+                prompt = None if window.after_gap else tally.previous.get(window.recording_id)
                 rows.append(self.row(window, result, prompt))
-                previous[window.recording_id] = None if result.truncated else self.decoder.grammar.spoken(result.ids)
+                if self.columns.owner or window.cut:
+                    spoken = None if result.truncated else self.decoder.grammar.spoken(result.ids)
+                    tally.previous[window.recording_id] = spoken
             tally.rows += len(rows)
             tally.seconds += sum(row["duration"] for row in rows)
             yield rows
+
+    def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
+        """What the teacher says of each window: those told the same thing and of like length are decoded together."""
+        results: dict[int, Decoded] = {}
+        order = sorted(range(len(run)), key=lambda place: (run[place].told, len(run[place].samples)))
+        for told, places in groupby(order, key=lambda place: run[place].told):
+            for batch in batched(places, self.settings.batch_size):
+                waveforms = stack([run[place].samples for place in batch], self.whisper.window)
+                results.update(zip(batch, self.decoder(waveforms, *told), strict=True))
+        return [results[place] for place in range(len(run))]
 
     def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
         """The windows that a unit's rows make."""
@@ -131,27 +157,40 @@ class UnitLabeller:
         """
         gaps: set[str] = set()
         rows = ((source.row_id(unit, number), row) for number, row in enumerate(source.rows(unit)))
-        for row_id, row, samples, problem in _ahead(self._decoded, rows, self.settings.num_workers):
+        for row_id, row, samples, told, problem in _ahead(self._decoded, rows, self.settings.num_workers):
+            tally.read += 1
             owner = self.columns.owner
             recording = str(row[owner]) if owner and row[owner] is not None else row_id
             if problem is not None:
                 tally.skip(row_id, problem)
                 gaps.add(recording)
                 continue
-            yield Utterance(row_id, recording, row, samples, recording in gaps)
+            yield Utterance(row_id, recording, row, samples, told, recording in gaps)
             gaps.discard(recording)
 
-    def _decoded(self, item: tuple[str, dict]) -> tuple[str, dict, np.ndarray | None, str | None]:
+    def _decoded(self, item: tuple[str, dict]) -> tuple:
+        """A row's id, the row, its samples, what the teacher is told, and why it cannot be labelled, if so."""
         row_id, row = item
         window = self.whisper.window
         try:
+            told = self._told(row)
             samples = decode(row[self.columns.audio], window.sampling_rate)
-        except AudioError as error:
-            return row_id, row, None, str(error)
+        except (AudioError, UserError) as error:
+            return row_id, row, None, None, str(error)
         if len(samples) > window.samples and not self.settings.split_long:
             found = f"{len(samples) / window.sampling_rate:.2f} s of audio, the window is {window.seconds:g} s"
-            return row_id, row, None, f"longer than the window: {found}"
-        return row_id, row, samples, None
+            return row_id, row, None, None, f"longer than the window: {found}"
+        return row_id, row, samples, told, None
+
+    def _told(self, row: dict) -> tuple[str | None, str | None]:
+        """The language and the task of a row: its own, else those of the run. Raises UserError where it has none."""
+        language, task = (row[name] if name else None for name in (self.columns.language, self.columns.task))
+        language = self.decoder.grammar.language_code(language) if language else self.settings.language
+        if language is None and self.decoder.grammar.multilingual:
+            raise UserError(f"no language in column {self.columns.language}")
+        if task and task not in TASKS:
+            raise UserError(f"the task {task!r} is not one of {', '.join(TASKS)}")
+        return language, task or self.settings.task
 
     def row(self, window: WindowAudio, decoded: Decoded, prompt: list[int] | None) -> dict:
         """One row of the hand-off dataset."""
@@ -164,8 +203,9 @@ class UnitLabeller:
             "whisper_token_ids": None if self.settings.decode_token_ids else grammar.spoken(decoded.ids),
             "tokenizer_fingerprint": grammar.fingerprint,
             "condition_on_prev": prompt,
-            "language": self.settings.language,
-            "task": self.settings.task,
+            "language": window.told[0],
+            "task": window.told[1],
+            "detected_language": decoded.language,
             "row_id": window.row_id,
             "recording_id": window.recording_id,
             "window_start": window.window_start,
@@ -202,7 +242,7 @@ class UnitLabeller:
 
     def _joined_text(self, window: WindowAudio) -> str | None:
         texts = self._texts(window)
-        return None if None in texts else ("" if self.normaliser.spaceless else " ").join(texts)
+        return None if None in texts else ("" if is_spaceless(window.told[0]) else " ").join(texts)
 
     def _parts(self, window: WindowAudio) -> dict:
         if not self.settings.concatenate or window.cut:
@@ -216,18 +256,32 @@ class UnitLabeller:
         """Word errors of the teacher, null without a transcript and for a translation."""
         texts = self._texts(window)
         names = ("wer", "errors", "reference_words", "utterance_wer", "normalizer")
-        if None in texts or self.settings.task == "translate":
+        language, task = window.told
+        if None in texts or task == "translate":
             return dict.fromkeys(names)
-        pairs = utterance_errors(texts, spoken, self.normaliser)
+        normaliser = self.normalisers(language)
+        pairs = utterance_errors(texts, spoken, normaliser)
         whole = Errors(sum(p.errors for p in pairs), sum(p.reference_words for p in pairs))
         rates = [round(pair.rate, 4) for pair in pairs] if self.settings.concatenate else None
         return dict(
             zip(
                 names,
-                (round(worst(pairs).rate, 4), whole.errors, whole.reference_words, rates, self.normaliser.name),
+                (round(worst(pairs).rate, 4), whole.errors, whole.reference_words, rates, normaliser.name),
                 strict=True,
             )
         )
+
+
+def _one_ahead(items: Iterator, workers: int) -> Iterator:
+    """The items, each one got ready by a thread while the one before it is worked on; without workers, none is."""
+    if workers < 1:
+        yield from items
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _ahead(function, items: Iterable, workers: int) -> Iterator:

@@ -1,4 +1,4 @@
-"""Errors between a reference and a hypothesis: one pair by rapidfuzz, a corpus by an evaluate metric over jiwer.
+"""Error rates of a corpus, by an evaluate metric over jiwer.
 
 Nothing here needs a network. Rates are in percent. A reference without words (a pause, or a text that normalisation
 empties) adds no words to divide by, but every word of its hypothesis is an insertion; such rows are counted. If no
@@ -6,39 +6,15 @@ row has a word, the rate is 0 without errors and 100 with some.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import datasets
 import evaluate
 import jiwer
-from rapidfuzz.distance import Levenshtein
 
+from distil_whisper.alignment import percent
 from distil_whisper.normalisation import Normaliser
 
 RATES = ("wer", "cer", "wer_ortho", "cer_ortho")  # what `score` gives in percent
-
-
-@dataclass(frozen=True)
-class Errors:
-    """The errors of one pair and what they are counted against (words, or characters)."""
-
-    errors: int
-    reference_words: int
-
-    @property
-    def rate(self) -> float:
-        """Errors in percent of the reference words."""
-        return _percent(self.errors, self.reference_words)
-
-
-def word_errors(reference: str, hypothesis: str) -> Errors:
-    """Substituted, deleted and inserted words of one pair of texts, which are compared as they are."""
-    return _distance(reference.split(), hypothesis.split())
-
-
-def character_errors(reference: str, hypothesis: str) -> Errors:
-    """Substituted, deleted and inserted characters of one pair of texts, which are compared as they are."""
-    return _distance(reference.strip(), hypothesis.strip())
 
 
 class ErrorRates(evaluate.Metric):
@@ -58,8 +34,8 @@ class ErrorRates(evaluate.Metric):
         characters = jiwer.process_characters(references, predictions)
         errors, reference_words = _totals(words)
         return {
-            "wer": _percent(errors, reference_words),
-            "cer": _percent(*_totals(characters)),
+            "wer": percent(errors, reference_words),
+            "cer": percent(*_totals(characters)),
             "errors": errors,
             "substitutions": words.substitutions,
             "deletions": words.deletions,
@@ -96,17 +72,7 @@ def _single_spaced(texts: Sequence[str]) -> list[str]:
     return [" ".join(text.split()) for text in texts]
 
 
-def _distance(reference: Sequence, hypothesis: Sequence) -> Errors:
-    return Errors(Levenshtein.distance(reference, hypothesis), len(reference))
-
-
 def _totals(output: jiwer.WordOutput | jiwer.CharacterOutput) -> tuple[int, int]:
     """Errors, and units of the references."""
     errors = output.substitutions + output.deletions + output.insertions
     return errors, output.hits + output.substitutions + output.deletions
-
-
-def _percent(errors: int, total: int) -> float:
-    if total == 0:
-        return 100.0 if errors else 0.0
-    return 100.0 * errors / total

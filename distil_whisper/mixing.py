@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns
-from distil_whisper.filtering import KEPT, RowFilter
+from distil_whisper.filtering import RowFilter, is_kept
 from distil_whisper.reading import Source
 
 
@@ -115,6 +115,7 @@ class MapExamples(Dataset):
         index = int(training_set.kept[position])
         row = training_set.source.dataset[index]
         row_id = training_set.row_id(row, *training_set.source.locate(index))
+        row = training_set.row_filter.trimmed(row)
         return _example(self.maker, row, training_set.columns, row_id, epoch, counts)
 
 
@@ -178,7 +179,7 @@ class StreamBatches(IterableDataset):
                 for position in draw.permutation(len(block)):
                     row_id, row = block[position]
                     yield index, epoch, row_id, row
-            if not seen[KEPT]:
+            if not any(is_kept(reason) for reason in seen):
                 raise UserError(f"no row of {self.sets[index].source.label} is left after filtering: {dict(seen)}")
 
     def _kept_rows(self, index: int, units, seen: Counter) -> Iterator[tuple[str, dict]]:
@@ -187,8 +188,8 @@ class StreamBatches(IterableDataset):
             for number, row in enumerate(training_set.source.rows(int(unit))):
                 reason = training_set.row_filter(row)
                 seen[reason] += 1
-                if reason == KEPT:
-                    yield training_set.row_id(row, int(unit), number), row
+                if is_kept(reason):
+                    yield training_set.row_id(row, int(unit), number), training_set.row_filter.trimmed(row)
 
 
 def map_loader(sets: list[TrainingSet], batches: MapBatches, maker, collator, num_workers: int) -> DataLoader:

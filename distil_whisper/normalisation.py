@@ -46,6 +46,21 @@ def normaliser(name: str | None, language: str | None, tokenizer) -> Normaliser:
     return Normaliser(name, spaceless, basic)
 
 
+class Normalisers:
+    """The normaliser of each language, as `normaliser` chooses it, made once."""
+
+    def __init__(self, name: str | None, tokenizer):
+        self.name = name
+        self.tokenizer = tokenizer
+        self._made: dict[str | None, Normaliser] = {}
+        self("en")  # an unknown name is refused now
+
+    def __call__(self, language: str | None) -> Normaliser:
+        if language not in self._made:
+            self._made[language] = normaliser(self.name, language, self.tokenizer)
+        return self._made[language]
+
+
 def is_spaceless(language: str | None) -> bool:
     """Whether a language (a code) is written without spaces, so that characters are counted in place of words."""
     return language in SPACELESS_LANGUAGES

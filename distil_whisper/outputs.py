@@ -33,6 +33,7 @@ class OutputFolder:
         self.stage = stage
         self.main = main
         self.flag = flag
+        self._lock: int | None = None
         if not main:
             return
         try:
@@ -49,11 +50,20 @@ class OutputFolder:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.main:
+        if self._lock is not None:
             os.close(self._lock)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    def share(self) -> None:
+        """Let every process of the run hold the lock, so that one which outlives the main one keeps others out.
+
+        Each calls it once, after all of them have opened the folder.
+        """
+        if self._lock is None:
+            self._lock = os.open(self.path / RECORDS / f"{self.stage}.lock", os.O_RDWR)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def claim(self, *names: str, shared: bool = False) -> None:
         """Announce files or folders (relative names) that this stage writes; shared ones may be another stage's.

@@ -12,13 +12,14 @@ _FRAME_S = 0.02  # step in which a quiet place to cut is looked for, and a fifth
 
 @dataclass(frozen=True)
 class Utterance:
-    """A row of the source with its audio decoded (mono, the model's rate). after_gap: the row before it of the same
-    recording was left out."""
+    """A row of the source with its audio decoded (mono, the model's rate). told: the language and the task that the
+    teacher is told. after_gap: the row before it of the same recording was left out."""
 
     row_id: str
     recording_id: str
     row: dict
     samples: np.ndarray
+    told: tuple[str | None, str | None] = (None, None)
     after_gap: bool = False
 
 
@@ -40,6 +41,11 @@ class WindowAudio:
         return self.parts[0].recording_id
 
     @property
+    def told(self) -> tuple[str | None, str | None]:
+        """The language and the task of all its parts."""
+        return self.parts[0].told
+
+    @property
     def after_gap(self) -> bool:
         """Whether what comes before it in its recording was left out."""
         return self.parts[0].after_gap and self.window_start == 0.0
@@ -54,12 +60,14 @@ def pack(utterances: Iterable[Utterance], window_samples: int) -> Iterator[Windo
     """Fill windows with the utterances of each recording in their order, none cut and none reordered.
 
     Filling each window until the next utterance does not fit needs the fewest windows that keep the order. Utterances
-    of different recordings may be mixed in the input. None may be longer than the window.
+    of different recordings may be mixed in the input. None may be longer than the window. Another language or task
+    begins a new window.
     """
     opened: OrderedDict[str, list[Utterance]] = OrderedDict()
     for utterance in utterances:
         parts = opened.get(utterance.recording_id, [])
-        if parts and sum(len(part.samples) for part in parts) + len(utterance.samples) > window_samples:
+        size = sum(len(part.samples) for part in parts) + len(utterance.samples)
+        if parts and (size > window_samples or utterance.told != parts[0].told):
             yield _join(opened.pop(utterance.recording_id))
             parts = []
         opened[utterance.recording_id] = [*parts, utterance]

@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import re
+import zlib
 from dataclasses import dataclass
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
@@ -73,6 +74,13 @@ class Grammar:
             names = [LANGUAGES[c] for c in known]
             raise UserError(f"the model has no language {language!r} {nearest(language.lower(), known + names)}")
         return code
+
+    @functools.cached_property
+    def languages(self) -> dict[str, int]:
+        """The tokens of a multilingual model's languages, by their codes."""
+        return {
+            c: self._vocabulary[f"<|{c}|>"] for c in LANGUAGES if self.multilingual and f"<|{c}|>" in self._vocabulary
+        }
 
     def prefix(self, language: str | None, task: str | None, timestamps: bool) -> list[int]:
         """The tokens from <|startoftranscript|> to the text."""
@@ -226,6 +234,12 @@ class Grammar:
 def plain_text(transcript: str) -> str:
     """A `whisper_transcript` without its timestamp marks and without the frame of datasets labelled elsewhere."""
     return " ".join(_SPECIAL.sub("", transcript).split()) if "<|" in transcript else transcript.strip()
+
+
+def compression_ratio(text: str) -> float:
+    """How much zlib shrinks a text (as openai/whisper measures it): loops of repeated words give high values."""
+    encoded = text.encode("utf-8")
+    return len(encoded) / len(zlib.compress(encoded))
 
 
 def language_and_task(

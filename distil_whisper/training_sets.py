@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from distil_whisper.errors import UserError
 from distil_whisper.examples import LabelColumns, Labeller
-from distil_whisper.filtering import FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, keep_rows, table
 from distil_whisper.mixing import TrainingSet
 from distil_whisper.models import LoadedWhisper
-from distil_whisper.normalisation import Normaliser, normaliser
+from distil_whisper.normalisation import Normaliser, Normalisers, normaliser
 from distil_whisper.reading import Source, require_columns
 from distil_whisper.sources import SourceFlags, columns_of, first_row, open_sources
 from distil_whisper.tokens import language_and_task
@@ -20,13 +20,19 @@ PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
 def language_columns(args, student: LoadedWhisper, source: Source) -> LabelColumns:
     """What decides a row's language and task: the flags, then the row, then the first row of its dataset, then the
     student's generation config."""
-    grammar = student.grammar
-    language, task = language_and_task(args.language, args.task, grammar, None)
-    first = first_row(source, "language", "task") if grammar.multilingual else {}
-    default_language, default_task = language_and_task(
-        first.get("language"), first.get("task"), grammar, student.model.generation_config
+    grammar, names = student.grammar, (args.language_column_name, args.task_column_name)
+    require_columns(
+        source,
+        language_column_name=names[0] if args.language_column_name != "language" else None,
+        task_column_name=names[1] if args.task_column_name != "task" else None,
     )
-    return LabelColumns(None, False, language, task if args.task else None, default_language, default_task)
+    language, task = language_and_task(args.language, args.task, grammar, None)
+    first = first_row(source, *names) if grammar.multilingual else {}
+    default_language, default_task = language_and_task(
+        *(first.get(name) for name in names), grammar, student.model.generation_config
+    )
+    task = task if args.task else None
+    return LabelColumns(None, False, language, task, default_language, default_task, *names)
 
 
 def transcript_normaliser(args, student: LoadedWhisper, columns: LabelColumns) -> Normaliser:
@@ -34,6 +40,28 @@ def transcript_normaliser(args, student: LoadedWhisper, columns: LabelColumns) -
     translated = (columns.task or columns.default_task) == "translate"
     language = "en" if translated else columns.language or columns.default_language
     return normaliser(args.normalizer, language, student.tokenizer)
+
+
+def filter_settings(args, student: LoadedWhisper, sources: list[Source]) -> FilterSettings:
+    """What the flags leave out. Raises UserError for a limit on a figure that a dataset does not hold."""
+    limits = {name: getattr(args, name) for name in [*LIMITS, "drop_language_mismatch"]}
+    for source in sources:
+        for name, column in NEEDED_COLUMNS.items():
+            if limits[name] not in (None, False) and column not in source.column_names:
+                raise UserError(
+                    f"--{name} needs the column {column}, which {source.label} lacks; label it with "
+                    "run_pseudo_labelling.py, or leave the limit out"
+                )
+    return FilterSettings(
+        args.wer_threshold,
+        args.max_label_length,
+        student.window.seconds,
+        args.drop_truncated,
+        args.drop_empty,
+        args.filter_metric == "cer",
+        args.cut_utterances,
+        **limits,
+    )
 
 
 def require_language(student: LoadedWhisper, source: Source, columns: LabelColumns) -> None:
@@ -72,14 +100,12 @@ def open_training_sets(
     """The training datasets with their filters. Of map-style ones the rows are filtered now, and a table says why rows
     were left out; streamed ones are filtered as they come. Raises UserError where no row is left."""
     sources = open_sources(args, "train")
-    settings = FilterSettings(
-        args.wer_threshold, args.max_label_length, student.window.seconds, args.drop_truncated, args.drop_empty
-    )
+    settings, normalisers = filter_settings(args, student, sources), Normalisers(args.normalizer, student.tokenizer)
     sets, counts = [], []
     for source, columns in zip(sources, label_columns(args, student, sources), strict=True):
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
         say(f"{source.label}: training on the {labels}")
-        row_filter = RowFilter(labeller, columns, transcript_normaliser(args, student, columns), settings)
+        row_filter = RowFilter(labeller, columns, normalisers, settings)
         sets.append(TrainingSet(source, columns, row_filter))
         if not args.streaming:
             rows = source.dataset.remove_columns(args.audio_column_name)

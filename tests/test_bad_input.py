@@ -60,7 +60,8 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
         "flash attention without its package": [*label_with, *teacher, *ENGLISH, "--attn_type", "flash_attn_2"],
         "labels into somebody's folder": [*label_with, *teacher, *ENGLISH, "--output_dir", theirs],
         "a model into somebody's folder": [*train_with, *two, *ENGLISH, "--output_dir", theirs],
-        "bad rows": [*label_with[:1], "--dataset_name", bad_rows, *teacher, *ENGLISH, "--report_to", "none"],
+        "bad rows": [*label_with[:1], "--dataset_name", bad_rows, *teacher, *ENGLISH, "--max_skipped", 50],
+        "too many bad rows": [*label_with[:1], "--dataset_name", bad_rows, *teacher, *ENGLISH],
     }
     for name, command in commands.items():
         if theirs not in command:
@@ -92,6 +93,10 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
             "theirs/README.md exists and was not written by this stage; move it away, or",
         ),
         ("a model into somebody's folder", "theirs/README.md exists and was not written by this stage"),
+        (
+            "too many bad rows",
+            "2 of 6 rows cannot be labelled, more than --max_skipped 5 percent; the others are",
+        ),
     ],
 )
 def test_launched_scripts_say_one_sentence(name, sentence, launched):
@@ -119,6 +124,11 @@ def test_rows_that_cannot_be_labelled_are_counted_and_listed_and_the_others_labe
     assert list(rows) == ["utterance-0", "utterance-1", "untold", "silent"]
     assert rows["untold"]["wer"] is None and rows["untold"]["errors"] is None
     assert rows["silent"]["reference_words"] == 0 and rows["silent"]["errors"] > 0
+
+
+def test_too_many_bad_rows_end_the_run_and_the_others_are_kept(launched):
+    folder = launched[0] / "too-many-bad-rows"
+    assert len(rows_of(folder)) == 4 and len((folder / "skipped.jsonl").read_text().splitlines()) == 2
 
 
 def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows, tmp_path, capsys):

@@ -10,9 +10,10 @@ from rapidfuzz.distance import Levenshtein
 from transformers import WhisperTokenizer
 
 from distil_whisper import filtering
+from distil_whisper.alignment import utterance_errors, worst
 from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
-from distil_whisper.filtering import KEPT, FilterSettings, RowFilter, keep_rows, table, utterance_errors, worst
-from distil_whisper.normalisation import normaliser
+from distil_whisper.filtering import KEPT, FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.normalisation import Normalisers, normaliser
 from distil_whisper.tokens import Grammar
 
 PSEUDO = LabelColumns("text", True, "hi", "transcribe")
@@ -33,7 +34,7 @@ def make_filter(grammar):
     def make(columns=PSEUDO, name="basic_keep_marks", **settings):
         given = {"wer_threshold": None, "max_label_length": None, "window_seconds": 4.0, **settings}
         labeller = Labeller(grammar, LabelSettings(0.2, 0.1, 0))
-        return RowFilter(labeller, columns, normaliser(name, "hi", grammar.tokenizer), FilterSettings(**given))
+        return RowFilter(labeller, columns, Normalisers(name, grammar.tokenizer), FilterSettings(**given))
 
     return make
 
@@ -89,7 +90,7 @@ def test_reasons(make_filter, reason, columns, settings, row):
     ],
 )
 def test_a_stored_wer_counts_if_its_normaliser_is_ours(make_filter, stored, rate):
-    assert make_filter().word_error_rate(row_of(" one six", **stored)) == rate
+    assert make_filter().error_rates(row_of(" one six", **stored)) == [rate]
 
 
 def test_a_packed_window_is_as_bad_as_its_worst_utterance(make_filter):
@@ -97,7 +98,7 @@ def test_a_packed_window_is_as_bad_as_its_worst_utterance(make_filter):
     row = row_of(" one two three four five six", " ".join(parts), utterance_texts=parts)
     assert make_filter(wer_threshold=40.0)(row) == ABOVE  # a third of the window's words, but one utterance is lost
     assert make_filter(wer_threshold=40.0)({**row, "utterance_texts": None}) == KEPT
-    assert make_filter().word_error_rate(row) == 100.0
+    assert make_filter().error_rates(row) == [0.0, 100.0]
     assert make_filter(wer_threshold=0.0)({**row, "utterance_texts": [parts[0], None]}) == KEPT
 
 

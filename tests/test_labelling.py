@@ -19,7 +19,7 @@ from distil_whisper.decoding import Decoded, Decoder
 from distil_whisper.handoff import WRITTEN, schema
 from distil_whisper.labelling import Columns, LabellingSettings, Tally, UnitLabeller
 from distil_whisper.models import load_whisper
-from distil_whisper.normalisation import normaliser
+from distil_whisper.normalisation import Normalisers
 from distil_whisper.tokens import plain_text
 
 RATE, TEXT = 16_000, Value("string")
@@ -86,7 +86,7 @@ def labeller_of(teacher, decoder, columns, **settings):
     settings = LabellingSettings(**{**SETTINGS, **settings})
     kept = columns.kept_in_windows() if settings.concatenate or settings.split_long else None
     features, renamed = schema(FEATURES, kept, columns.audio, columns.text)
-    rules = normaliser("basic_keep_marks", settings.language, teacher.tokenizer)
+    rules = Normalisers("basic_keep_marks", teacher.tokenizer)
     return UnitLabeller(teacher, decoder, columns, settings, rules, renamed), features
 
 
@@ -317,7 +317,7 @@ def test_packing_stops_at_a_long_recording(whisper, label):
 def test_rows_are_read_as_they_are_needed(whisper, settings, read):
     source, count = Rows(), []
     source.rows = lambda unit: (count.append(1) or row(1 + i % 8, seconds=3.0) for i in range(30))
-    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, **settings)
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, **settings, run_batches=1)
     assert len(next(labeller(source, 0, Tally()))) == SETTINGS["batch_size"]
     assert len(count) == read
 

@@ -1,6 +1,7 @@
 import pytest
 
-from distil_whisper.metrics import ErrorRates, Errors, character_errors, score, word_errors
+from distil_whisper.alignment import Errors, character_errors, word_errors
+from distil_whisper.metrics import ErrorRates, score
 from distil_whisper.normalisation import normaliser
 
 

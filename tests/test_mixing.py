@@ -25,7 +25,7 @@ from distil_whisper.mixing import (
     stream_loader,
 )
 from distil_whisper.models import load_whisper
-from distil_whisper.normalisation import normaliser
+from distil_whisper.normalisation import Normalisers
 from distil_whisper.reading import open_source
 
 ROWS = {"first": 11, "second": 6}
@@ -75,7 +75,7 @@ def make_sets(folders, whisper, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     labeller = Labeller(whisper.grammar, LabelSettings(0.5, 0.5, SEED))
     columns = LabelColumns("text", True, "hi", "transcribe")
-    rules = normaliser(None, "hi", whisper.tokenizer)
+    rules = Normalisers(None, whisper.tokenizer)
 
     def make(streaming, names=tuple(ROWS), wer_threshold=None):
         row_filter = RowFilter(labeller, columns, rules, FilterSettings(wer_threshold, None, 4.0))

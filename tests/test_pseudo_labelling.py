@@ -66,7 +66,8 @@ def test_splits_are_read_apart_and_figures_are_those_of_jiwer(taught, teacher, s
         pair = [rules(row["text"]) for row in rows], [rules(row["whisper_transcript"]) for row in rows]
         wer, cer = round(100 * jiwer.wer(*pair), 2), round(100 * jiwer.cer(*pair), 2)
         hours = round(sum(row["duration"] for row in rows) / 3600, 3)
-        assert f"split default/{split}, rows {count}, hours {hours}, skipped 0, wer {wer}, cer {cer}" in said
+        assert f"split default/{split}, rows {count}, hours {hours}, mean_fill" in said
+        assert f"read {count}, skipped 0, wer {wer}, cer {cer}" in said
         assert f"| default/{split} | {count} | {hours} | 0 | {wer} | {cer} |" in card
         (line,) = metrics(folder, f"default/{split}/wer")
         assert (line[f"default/{split}/wer"], line[f"default/{split}/cer"]) == (wer, cer)
@@ -116,7 +117,7 @@ def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utte
 def test_long_audio_is_skipped_and_listed_or_split(taught, utterances, tmp_path, capsys):
     long = replace(utterances[0], samples=utterances[0].samples.repeat(4), id="long")
     data = write_audio_dataset(tmp_path / "speech", [utterances[1], long, utterances[2]], files=1)
-    folder = label(taught, data, tmp_path / "skip", *ENGLISH)
+    folder = label(taught, data, tmp_path / "skip", *ENGLISH, "--max_skipped", 40)
     (entry,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert entry["row_id"] == "speech/default/train/00000-00000001"
     assert f"the window is {WINDOW_S} s" in entry["reason"]

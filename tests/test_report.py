@@ -16,11 +16,11 @@ from stages import surroundings, write_manifest
 from test_decoding import enliven
 
 from distil_whisper import evaluation
+from distil_whisper.alignment import word_errors
 from distil_whisper.audio import decode
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.evaluation import EvaluationSet, Evaluator
-from distil_whisper.metrics import word_errors
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import normaliser
 from distil_whisper.reading import open_source

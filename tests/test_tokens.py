@@ -4,6 +4,7 @@ What is expected is written as text: the tokenizer itself turns names such as <|
 """
 
 import re
+import zlib
 
 import pytest
 import toy_whisper
@@ -11,7 +12,7 @@ from conftest import WORDS
 from transformers import WhisperTokenizer
 
 from distil_whisper.errors import UserError
-from distil_whisper.tokens import IGNORED, Grammar, Target, language_and_task, plain_text
+from distil_whisper.tokens import IGNORED, Grammar, Target, compression_ratio, language_and_task, plain_text
 
 POSITIONS = 128
 SOT, END, PREV = "<|startoftranscript|>", "<|endoftext|>", "<|startofprev|>"
@@ -342,3 +343,10 @@ def test_special_tokens_that_a_model_made_up_are_not_spoken(grammar):
     made_up = [grammar.timestamp(0.0), words[0], grammar.start, grammar.no_timestamps, *words[1:]]
     assert grammar.spoken(made_up) == [grammar.timestamp(0.0), *words]
     assert grammar.target_of_ids(grammar.spoken(made_up)).has_timestamps
+
+
+def test_compression_ratio_of_loops_and_of_nothing():
+    loop = "again and again " * 20
+    assert compression_ratio(loop) == len(loop) / len(zlib.compress(loop.encode()))
+    assert compression_ratio(loop) > 5
+    assert compression_ratio("") == 0.0

@@ -1,0 +1,102 @@
+"""What labelling will take, from a short trial: rows, hours of audio, time and disk."""
+
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import soundfile
+from datasets import Features
+
+from distil_whisper.handoff import shard_writer
+from distil_whisper.labelling import Tally, UnitLabeller
+from distil_whisper.reading import Source
+
+TRIAL_UNITS, TRIAL_RUNS, ROWS_LOOKED_AT = 4, 2, 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of a split: rows and shards to label, hours of audio, and what one process needs: seconds and bytes of disk."""
+
+    label: str
+    rows: int
+    shards: int
+    hours: float
+    seconds: float
+    bytes: float
+
+    def lines(self, processes: int, overhead: float) -> list[str]:
+        """The plan in words, for so many processes that each need some seconds before and after the work."""
+        work = overhead + self.seconds / min(processes, max(self.shards, 1))
+        return [
+            f"{self.label}: {self.rows:,} rows, {self.hours:,.2f} hours of audio, {self.shards:,} shards",
+            f"  about {_duration(work)} with {processes} process{'es' if processes > 1 else ''}, "
+            f"{self.bytes / 1e6:,.1f} MB of disk",
+        ]
+
+
+def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan:
+    """Label a few windows of units spread over the source, and reckon from them what all of it takes.
+
+    Where only reading tells how many rows a unit has (streaming), the units are taken to be like the first one.
+    """
+    units = len(source.units)
+    known = [unit.rows for unit in source.units]
+    if any(rows is None for rows in known):
+        known = [sum(1 for _ in source.rows(0, [name for name in source.column_names if name != source.audio_column]))]
+        known *= units
+    chosen = sorted({number * units // TRIAL_UNITS for number in range(TRIAL_UNITS)} - {units})
+    trials = [_trial(source, unit, labeller, features) for unit in chosen]
+    heard = sum(trial.seconds for trial in trials)
+    if not heard:
+        return Plan(source.label, sum(known), units, 0.0, 0.0, 0.0)
+    lengths = [seconds for unit in chosen for seconds in _lengths(source, unit, labeller.columns.audio)]
+    audio_seconds = statistics.fmean(lengths or [0.0]) * sum(known)
+    pace, size = (sum(getattr(trial, name) for trial in trials) / heard for name in ("took", "bytes"))
+    return Plan(source.label, sum(known), units, audio_seconds / 3600, audio_seconds * pace, audio_seconds * size)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Audio seconds labelled, the seconds that took, and the bytes of the rows."""
+
+    seconds: float
+    took: float
+    bytes: int
+
+
+def _trial(source: Source, unit: int, labeller: UnitLabeller, features: Features) -> Trial:
+    """Label the first windows of a unit. The first of them warm the machine up and are done twice."""
+    next(labeller(source, unit, Tally()), None)
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        path, began = Path(folder) / "trial.parquet", time.perf_counter()
+        with shard_writer(path, features) as write:
+            for rows in islice(labeller(source, unit, tally), TRIAL_RUNS):
+                for row in rows:
+                    write(row)
+        took = time.perf_counter() - began
+        return Trial(tally.seconds, took, path.stat().st_size if path.exists() else 0)
+
+
+def _lengths(source: Source, unit: int, audio_column: str) -> Iterator[float]:
+    """Seconds of the first rows of a unit, from the headers of their files; those that cannot be read have none."""
+    for row in islice(source.rows(unit, [audio_column]), ROWS_LOOKED_AT):
+        audio = row[audio_column]
+        try:
+            yield soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]).duration
+        except (RuntimeError, TypeError, OSError):
+            yield 0.0
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,58 @@
+"""What a labelled split came to, read from its finished shards."""
+
+from collections.abc import Callable, Iterator
+
+import pyarrow.parquet as pq
+
+from distil_whisper.alignment import Errors, character_errors, word_errors
+from distil_whisper.handoff import ShardFile, read_manifest
+from distil_whisper.normalisation import Normaliser
+from distil_whisper.outputs import OutputFolder
+from distil_whisper.tokens import plain_text
+
+
+def summarise(
+    folder: OutputFolder,
+    shards: list[ShardFile],
+    text_column: str | None,
+    normalisers: Callable[[str | None], Normaliser],
+    window_seconds: float,
+) -> dict:
+    """Rows, hours, how full the windows are on average (in percent), rows read and skipped, and the teacher's WER and
+    CER where there are transcripts."""
+    manifests = [read_manifest(folder, shard) for shard in shards]
+    rows, seconds, read = (sum(manifest[name] for manifest in manifests) for name in ("rows", "seconds", "read"))
+    summary = {
+        "split": f"{shards[0].config}/{shards[0].split}",
+        "rows": rows,
+        "hours": round(seconds / 3600, 3),
+        "mean_fill": round(100 * seconds / (rows * window_seconds), 1) if rows else None,
+        "read": read,
+        "skipped": sum(len(manifest["skipped"]) for manifest in manifests),
+    }
+    return summary | (_error_rates(folder, shards, text_column, normalisers) if text_column else {})
+
+
+def _error_rates(folder, shards, text_column, normalisers) -> dict:
+    """The teacher's WER and CER over a split, normalised; rows without a transcript and translations do not count."""
+    totals = {"wer": [0, 0], "cer": [0, 0]}
+    for row in _rows(folder, shards, [text_column, "whisper_transcript", "language", "task"]):
+        if row[text_column] is None or row["task"] == "translate":
+            continue
+        normaliser = normalisers(row["language"])
+        texts = normaliser(row[text_column]), normaliser(plain_text(row["whisper_transcript"]))
+        for name, errors in (("wer", word_errors(*texts)), ("cer", character_errors(*texts))):
+            _add(totals[name], errors)
+    return {name: round(100 * wrong / total, 2) for name, (wrong, total) in totals.items() if total}
+
+
+def _rows(folder: OutputFolder, shards: list[ShardFile], columns: list[str]) -> Iterator[dict]:
+    for path in (folder / shard.name for shard in shards):
+        if path.exists():  # a unit of which no row was left has none
+            for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+                yield from batch.to_pylist()
+
+
+def _add(total: list[int], errors: Errors) -> None:
+    total[0] += errors.errors
+    total[1] += errors.reference_words
