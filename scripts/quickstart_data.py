@@ -61,7 +61,7 @@ Synthetic speech: a small vocabulary spoken by eSpeak NG.
 """
 SPLITS = {"train": 4000, "test": 200, "test_ood": 200}
 EXCERPTS = 0.3  # share of the training recordings that are a window's length out of something longer
-WINDOWS = 3000
+WINDOWS = 5000
 LONG_RECORDINGS, LONG_S = 6, 62
 
 
@@ -122,7 +122,7 @@ def write_long(folder: Path, draw) -> None:
 def write_windows(folder: Path, grammar: Grammar, draw) -> None:
     """Windows of utterances at known times, labelled with the truth: what the toy teacher is taught."""
     everyone = speakers(VOICES)
-    pool = [[said(speaker, draw) for _ in range(60)] for speaker in everyone]
+    pool = [[said(speaker, draw) for _ in range(100)] for speaker in everyone]
     with shard_writer(folder / "windows" / "train-00000-of-00001.parquet", WINDOW_FEATURES) as write:
         previous = None
         for number in bar(range(WINDOWS), desc="making windows", unit="window"):
