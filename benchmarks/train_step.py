@@ -10,19 +10,14 @@ several times; ratios are medians of pairs.
 
 import argparse
 import json
-import platform
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import SIZES, Clock, in_own_process, machine, peak_bytes, this_device
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -34,10 +29,6 @@ from distil_whisper.examples import Batch
 from distil_whisper.losses import LossWeights
 from distil_whisper.student import make_student
 
-SIZES = {
-    "tiny": {"d_model": 384, "layers": 4, "heads": 6, "mels": 80, "vocabulary": 51_865},
-    "large-v3": {"d_model": 1280, "layers": 32, "heads": 20, "mels": 128, "vocabulary": 51_866},
-}
 VARIANTS = ("reference", "engine", "cached")
 WEIGHTS = LossWeights()
 
@@ -114,37 +105,6 @@ class EngineStep:
         return self.distiller(**self.batch.inputs(device), **kept)["loss"] / self.batch.tokens
 
 
-class Clock:
-    """Seconds by part. Calls that are timed inside of others are not counted twice."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def part(self, name: str):
-        """Time a block as a part."""
-        began = self.now()
-        yield
-        self.seconds[name] += self.now() - began
-
-    def around(self, owner, method: str, name: str) -> None:
-        """Time every call of a method as a part."""
-        plain = getattr(owner, method)
-
-        def timed(*args, **options):
-            with self.part(name):
-                return plain(*args, **options)
-
-        setattr(owner, method, timed)
-
-    def now(self) -> float:
-        """A reading, with the work of a GPU done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-
 def make_step(variant: str, args, device, dtype, folder: Path):
     """The step of a variant, and the student that it trains."""
     teacher, student = make_models(args.size, device, dtype)
@@ -163,8 +123,7 @@ def make_step(variant: str, args, device, dtype, folder: Path):
 
 def run_variant(args) -> dict:
     """Steps of one variant in this process: seconds of each, first loss, peak memory, operations, parts."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype)
+    device, dtype = this_device(), getattr(torch, args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         step, student = make_step(args.variant, args, device, dtype, Path(folder))
         optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-4)
@@ -181,10 +140,8 @@ def run_variant(args) -> dict:
                 losses.append(one_step(step, student, optimizer, clock, device, dtype))
             if number >= args.warmup:
                 seconds.append(clock.now() - began)
-    gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peak = gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    flops = counted.get_total_flops()
-    return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak, "flops": flops, "parts": dict(clock.seconds)}
+    flops, parts = counted.get_total_flops(), dict(clock.seconds)
+    return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak_bytes(), "flops": flops, "parts": parts}
 
 
 def one_step(step, student, optimizer, clock: Clock, device, dtype) -> float:
@@ -202,7 +159,7 @@ def one_step(step, student, optimizer, clock: Clock, device, dtype) -> float:
 
 def matmul_rate(dtype) -> float:
     """Operations a second of this machine's own product of large matrices, the best of several."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     size = 8192 if device.type == "cuda" else 1536
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     clock, rates = Clock(device), []
@@ -211,17 +168,6 @@ def matmul_rate(dtype) -> float:
         torch.mm(a, b)
         rates.append(2 * size**3 / (clock.now() - began))
     return max(rates)
-
-
-def measure(args, variant: str) -> dict:
-    """One variant in a process of its own."""
-    flags = ["--variant", variant, "--size", args.size, "--dtype", args.dtype, "--steps", str(args.steps)]
-    flags += ["--batch_size", str(args.batch_size), "--label_tokens", str(args.label_tokens)]
-    flags += ["--warmup", str(args.warmup)]
-    ran = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        sys.exit(f"the variant {variant} failed:\n{ran.stderr}")
-    return json.loads(ran.stdout.splitlines()[-1])
 
 
 def summarise(args, runs: dict[str, list[dict]], rate: float) -> dict:
@@ -251,15 +197,6 @@ def summarise(args, runs: dict[str, list[dict]], rate: float) -> dict:
         "matmul_share": runs["engine"][0]["flops"] / median["engine"] / rate,
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
-
-
-def machine() -> str:
-    """What this was measured on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def show(result: dict) -> None:
@@ -298,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     for _ in range(args.pairs):
         for name in VARIANTS:
-            runs[name].append(measure(args, name))
+            runs[name].append(in_own_process(__file__, name, args))
     result = summarise(args, runs, rate)
     show(result)
     if args.json:

@@ -11,15 +11,16 @@ from transformers import WhisperTokenizer
 
 from distil_whisper import filtering
 from distil_whisper.alignment import utterance_errors, worst
+from distil_whisper.errors import UserError
 from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
-from distil_whisper.filtering import KEPT, FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.filtering import CUT, KEPT, FilterSettings, RowFilter, keep_rows, table
 from distil_whisper.normalisation import Normalisers, normaliser
 from distil_whisper.tokens import Grammar
 
 PSEUDO = LabelColumns("text", True, "hi", "transcribe")
 TRANSCRIPTS = LabelColumns("text", False, "hi", "transcribe")
 HINDI, VOWELS_WRONG = "मैं हिन्दी बोलता हूँ", "मो हीन्दि बोलता हा"
-ABOVE = "WER above --wer_threshold"
+ABOVE, LOOPS = "WER above --wer_threshold", "compression_ratio above --max_compression_ratio"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,31 @@ def row_of(transcript=" one two", text="one two", **values):
         (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", text=None)),
         (KEPT, LabelColumns(None, True, "hi", "transcribe"), {"wer_threshold": 0.0}, row_of(" six")),
         (ABOVE, PSEUDO, {"wer_threshold": 90.0}, row_of(" six", text="")),
+        ("CER above --wer_threshold", PSEUDO, {"wer_threshold": 10.0, "by_characters": True}, row_of(" one six")),
+        (KEPT, PSEUDO, {"wer_threshold": 34.0, "by_characters": True}, row_of(" one tvo", wer=50.0)),
+        ("avg_logprob below --min_avg_logprob", PSEUDO, {"min_avg_logprob": -0.5}, row_of(avg_logprob=-0.6)),
+        (KEPT, PSEUDO, {"min_avg_logprob": -0.5}, row_of(avg_logprob=-0.5)),
+        (KEPT, TRANSCRIPTS, {"min_avg_logprob": -0.5}, row_of(avg_logprob=-0.6)),
+        ("no_speech_prob above --max_no_speech_prob", PSEUDO, {"max_no_speech_prob": 0.5}, row_of(no_speech_prob=0.6)),
+        (
+            "compression_ratio above --max_compression_ratio",
+            PSEUDO,
+            {"max_compression_ratio": 2.4},
+            row_of(" one" * 30),
+        ),
+        (KEPT, PSEUDO, {"max_compression_ratio": 2.4}, row_of()),
+        ("ngram_repeats above --max_ngram_repeats", PSEUDO, {"max_ngram_repeats": 2}, row_of(" one two six" * 3)),
+        (KEPT, PSEUDO, {"max_ngram_repeats": 2}, row_of(" one two six" * 2)),
+        ("chars_per_second below --min_chars_per_second", PSEUDO, {"min_chars_per_second": 3.0}, row_of(duration=3.0)),
+        ("chars_per_second above --max_chars_per_second", PSEUDO, {"max_chars_per_second": 2.0}, row_of(duration=3.0)),
+        (KEPT, PSEUDO, {"min_chars_per_second": 2.0, "max_chars_per_second": 3.0}, row_of(duration=3.0)),
+        (
+            "another language than the teacher was told",
+            PSEUDO,
+            {"drop_language_mismatch": True},
+            row_of(language="hi", detected_language="ur"),
+        ),
+        (KEPT, PSEUDO, {"drop_language_mismatch": True}, row_of(language="hi", detected_language="hi")),
     ],
 )
 def test_reasons(make_filter, reason, columns, settings, row):
@@ -196,3 +222,22 @@ def test_the_table_says_what_became_of_each_dataset():
         "         1  empty transcript",
         "c: 3 of 3 rows kept",
     ]
+
+
+def test_a_bad_utterance_is_cut_out_and_counted_apart(make_filter):
+    parts = ["one two three four", "nine nine"]
+    row = row_of(" one two three four five six", " ".join(parts), utterance_texts=parts, utterance_starts=[0.0, 2.0])
+    cut = make_filter(wer_threshold=40.0, cut_utterances=True)
+    assert cut(row) == CUT
+    assert cut.trimmed(row)["whisper_transcript"] == " one two three four"
+    lost = {**row, "whisper_transcript": " six"}
+    assert cut(lost) == ABOVE and cut.trimmed(lost) is lost  # nothing of it is right
+    fine = {**row, "whisper_transcript": " one two three four nine nine"}
+    assert cut(fine) == KEPT and cut.trimmed(fine) is fine
+    assert table([("a", Counter({KEPT: 1, CUT: 2, ABOVE: 3}))]).startswith("a: 3 of 6 rows kept")
+
+
+def test_a_row_that_cannot_be_read_is_named(make_filter):
+    rows = Dataset.from_list([row_of(), row_of(" one<|99.00|>", row_id="speech/train/7")])
+    with pytest.raises(UserError, match=r"row speech/train/7: .*<\|99\.00\|>"):
+        keep_rows(rows, make_filter(), 1)

@@ -5,6 +5,7 @@ audio it is of; the last test has a real one.
 """
 
 import io
+import json
 from itertools import chain
 
 import numpy as np
@@ -348,3 +349,53 @@ def test_a_real_teacher(request, utterances, model, told):
         assert teacher.grammar.end not in found["whisper_token_ids"]
         assert found["whisper_transcript"] == teacher.grammar.decode(found["whisper_token_ids"])
         assert teacher.grammar.target_of_ids(found["whisper_token_ids"]).ids == found["whisper_token_ids"]
+
+
+def test_a_unit_goes_on_behind_what_is_labelled(whisper, label):
+    """Its rows are read again and its first windows not decoded again; prompts and skipped rows are as they were."""
+    rows = [row(1), row(2, "ben"), *SKIPPED.values(), row(3), row(4, "ben"), row(5), row(6), row(7, "ben")]
+    expected, whole = label(*rows, run_batches=1)
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, run_batches=1)
+    began = Tally()
+    first = next(labeller(Rows(rows), 0, began))
+    ear, went_on = Ear(whisper.grammar), Tally(**json.loads(json.dumps(began.progress())))
+    labeller, _ = labeller_of(whisper, ear, BY_SPEAKER, run_batches=1)
+    rest = list(chain.from_iterable(labeller(Rows(rows), 0, went_on)))
+    assert first + rest == expected and sum(count for *_, count in ear.told) == len(rest) == len(expected) - 2
+    assert went_on == whole
+
+
+def test_rows_name_their_own_language_and_task(whisper, label):
+    """Those told the same thing are decoded together, and packed windows hold one language."""
+    columns = Columns("audio", "text", "id", "who", None, "lang", "job")
+    told = [("Hindi", None), ("en", None), (None, "translate"), ("hi", "transcribe"), ("xx", None), ("en", "sing")]
+    rows = [{**row(1 + i), "lang": language, "job": task} for i, (language, task) in enumerate(told)]
+    ear = Ear(whisper.grammar)
+    labelled, tally = label(*rows, columns=columns, ear=ear)
+    assert [(found["language"], found["task"]) for found in labelled] == [
+        ("hi", "transcribe"),
+        ("en", "transcribe"),
+        ("hi", "translate"),
+        ("hi", "transcribe"),
+    ]
+    assert words(labelled) == ["one", "two", "three", "four"] and labelled[2]["wer"] is None
+    assert [found["normalizer"] for found in labelled[:2]] == ["basic_keep_marks"] * 2
+    assert sorted(ear.told) == [("en", "transcribe", 1), ("hi", "transcribe", 2), ("hi", "translate", 1)]
+    assert [entry["reason"].split(" (")[0] for entry in tally.skipped] == [
+        "the model has no language 'xx'",
+        "the task 'sing' is not one of transcribe, translate",
+    ]
+    packed, _ = label(*rows[:4], columns=columns, concatenate=True)
+    assert words(packed) == ["one", "two", "three", "four"]
+    without, tally = label({**rows[2]}, columns=columns, language=None)
+    assert not without and tally.skipped[0]["reason"] == "no language in column lang"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_windows_of_like_length_are_decoded_together_and_rows_stay_in_order(whisper, label, num_workers):
+    ear, lengths = Ear(whisper.grammar), []
+    heard = ear._heard
+    ear._heard = lambda levels: lengths.append(np.count_nonzero(levels)) or heard(levels)
+    rows = [row(1 + i, seconds=seconds) for i, seconds in enumerate((3.0, 1.0, 2.0, 1.0, 3.0, 2.0))]
+    labelled, _ = label(*rows, ear=ear, num_workers=num_workers)
+    assert words(labelled) == WORDS[1:7] and lengths == sorted(lengths)

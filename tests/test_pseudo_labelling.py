@@ -1,6 +1,7 @@
 """Stage 1 as a user runs it: what is in the folder, what is said, and that only the audio decides the labels."""
 
 import json
+import re
 from dataclasses import replace
 
 import jiwer
@@ -152,3 +153,39 @@ def test_a_language_decides_the_normaliser_of_the_figures(taught, speech_folder,
     basic = label(taught, speech_folder, tmp_path / "en", *ENGLISH, "--normalizer", "basic")
     assert {row["normalizer"] for row in rows_of(basic)} == {"basic"}
     assert plain_text(rows_of(basic)[0]["whisper_transcript"]) == rows_of(basic)[0]["whisper_transcript"].strip()
+
+
+def test_the_plan_is_near_what_labelling_takes(taught, speech_folder, labelled, tmp_path, capsys):
+    """Nothing is written by it. Hours are read off the headers; disk comes from a trial."""
+    names = ["--dataset_split_name", "train+test", "--return_timestamps", "--decode_token_ids", False]
+    for streaming in (False, True):
+        label(
+            taught, speech_folder, tmp_path / "out", *ENGLISH, *SPEAKERS, *names, "--dry_run", "--streaming", streaming
+        )
+        said = capsys.readouterr().out
+        assert not (tmp_path / "out").exists()
+        hours = sum(row["duration"] for row in rows_of(labelled)) / 3600
+        assert f"/default/train: 24 rows, {hours:.2f} hours of audio, 2 shards" in said
+        assert "/default/test: 8 rows" in said and "with 1 process," in said
+        size = sum(path.stat().st_size for path in (labelled / "default").glob("train*")) / 1e6
+        (found,) = re.findall(r"train: .*\n.* ([\d.]+) MB", said)
+        assert float(found) == pytest.approx(size, rel=0.15)
+
+
+def test_columns_named_language_and_task_are_used(taught, utterances, tmp_path):
+    told = [("en", "transcribe"), ("Hindi", None), (None, "translate")]
+    rows = [
+        {**row, "language": language, "task": task}
+        for row, (language, task) in zip(json.loads(manifest_of(utterances, tmp_path).read_text()), told, strict=True)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    folder = label(taught, tmp_path / "data.json", tmp_path / "out", "--max_skipped", 50)
+    assert [(row["language"], row["task"]) for row in rows_of(folder)] == [("en", "transcribe"), ("hi", "transcribe")]
+    assert "no language in column language" in (folder / "skipped.jsonl").read_text()
+    both = [*ENGLISH, "--language_column_name", "language"]
+    with pytest.raises(UserError, match="--language and --language_column_name exclude each other"):
+        label(taught, tmp_path / "data.json", tmp_path / "out", *both)
+
+
+def manifest_of(utterances, folder):
+    return write_manifest(folder / "data.json", utterances[:3])

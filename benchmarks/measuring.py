@@ -1,0 +1,80 @@
+"""What the benchmarks share: a clock that counts parts, the machine's name, variants in processes of their own."""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+SIZES = {
+    "tiny": {"d_model": 384, "layers": 4, "heads": 6, "mels": 80, "vocabulary": 51_865},
+    "large-v3": {"d_model": 1280, "layers": 32, "heads": 20, "mels": 128, "vocabulary": 51_866},
+}
+
+
+class Clock:
+    """Seconds by part."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str):
+        """Time a block as a part."""
+        began = self.now()
+        yield
+        self.seconds[name] += self.now() - began
+
+    def around(self, owner, method: str, name: str) -> None:
+        """Time every call of a method as a part."""
+        plain = getattr(owner, method)
+
+        def timed(*args, **options):
+            with self.part(name):
+                return plain(*args, **options)
+
+        setattr(owner, method, timed)
+
+    def now(self) -> float:
+        """A reading, with the work of a GPU done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def this_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine() -> str:
+    """What this was measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = names[0].split(":")[1].strip() if names else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def peak_bytes() -> int:
+    """The most memory of the GPU that was in use, or of this process where there is none."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_own_process(script: str, variant: str, args) -> dict:
+    """What a variant prints last, as JSON, when the script runs it alone with the same arguments."""
+    given = {name: value for name, value in vars(args).items() if name not in ("json", "variant", "pairs")}
+    flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+    command = [sys.executable, script, "--variant", variant, *flags]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.exit(f"the variant {variant} failed:\n{ran.stderr}")
+    return json.loads(ran.stdout.splitlines()[-1])

@@ -1,0 +1,68 @@
+"""A shard in progress: what was kept of it survives, and its file is the same wherever its parts end."""
+
+import pyarrow.parquet as pq
+import pytest
+from datasets import Features, Value
+
+from distil_whisper.handoff import ROWS_PER_GROUP, ShardFile
+from distil_whisper.outputs import OutputFolder
+from distil_whisper.parts import ShardInProgress
+
+FEATURES = Features({"row": Value("int64"), "text": Value("string")})
+SHARD = ShardFile("default", "train", 0, 1)
+COUNT = 2 * ROWS_PER_GROUP + 30
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with OutputFolder(tmp_path / "labelled", "run_pseudo_labelling") as opened:
+        yield opened
+
+
+def rows(first, last):
+    return [{"row": number, "text": f"text {number}"} for number in range(first, last)]
+
+
+def write(folder, first, kept_every, last=COUNT, died_at=None):
+    """Write rows from one on, as a run does that dies before a row, if at all."""
+    with ShardInProgress(folder, SHARD, FEATURES) as shard:
+        assert shard.progress.get("rows", 0) == first
+        for row in rows(first, last):
+            if row["row"] == died_at:
+                raise KeyboardInterrupt
+            shard.write(row)
+            if kept_every and (row["row"] + 1) % kept_every == 0:
+                shard.keep({"rows": row["row"] + 1})
+        shard.finish({"rows": last})
+        shard.forget()
+
+
+def test_the_file_is_the_same_wherever_parts_end_and_the_run_was_killed(folder, tmp_path):
+    write(folder, 0, None)
+    expected = (folder / SHARD.name).read_bytes()
+    table = pq.read_table(folder / SHARD.name)
+    assert table.to_pylist() == rows(0, COUNT) and table.schema.equals(FEATURES.arrow_schema, check_metadata=True)
+    with OutputFolder(tmp_path / "broken", "run_pseudo_labelling") as broken:
+        for first, died_at in ((0, 33), (30, 30), (30, 151)):
+            with pytest.raises(KeyboardInterrupt):
+                write(broken, first, 10, died_at=died_at)
+            assert not (broken / SHARD.name).exists()
+        write(broken, 150, 70)
+        assert (broken / SHARD.name).read_bytes() == expected
+        assert not list((broken / ".distil_whisper/parts").rglob("*.parquet"))
+
+
+def test_a_unit_without_rows_has_no_file(folder):
+    write(folder, 0, None, last=0)
+    assert not (folder / SHARD.name).exists()
+
+
+def test_a_shard_whose_manifest_is_missing_is_joined_again(folder):
+    with ShardInProgress(folder, SHARD, FEATURES) as shard:
+        for row in rows(0, 5):
+            shard.write(row)
+        shard.finish({"rows": 5})
+    with ShardInProgress(folder, SHARD, FEATURES) as again:
+        assert again.progress == {"rows": 5}
+        again.finish({"rows": 5})
+    assert pq.read_table(folder / SHARD.name).to_pylist() == rows(0, 5)
