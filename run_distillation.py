@@ -9,7 +9,6 @@ Killed and started again with the same command, it goes on from its last checkpo
 """
 
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -32,21 +31,14 @@ from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
 from distil_whisper.losses import LossWeights
 from distil_whisper.meters import Meter
-from distil_whisper.mixing import EpochOrder, MapBatches, Share, StreamBatches, TrainingSet, map_loader, stream_loader
+from distil_whisper.mixing import Share
 from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save_whisper
 from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
-from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.trackers import METRICS_FILE, Trackers, project_configuration, resolve_report_to
-from distil_whisper.training_sets import (
-    language_columns,
-    open_training_sets,
-    require_language,
-    sampling_weights,
-    transcript_normaliser,
-)
-from distil_whisper.validation import ValidationSet, Validator
+from distil_whisper.training_sets import Mixture, open_training_sets, open_validation_sets
+from distil_whisper.validation import Validator
 
 STAGE = "run_distillation"
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -267,72 +259,22 @@ def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhispe
     return student, teacher
 
 
-class TrainingData:
-    """The training mixture: how long an epoch of it is, and its batches from any point on."""
-
-    def __init__(self, args: Arguments, sets: list[TrainingSet], maker: ExampleMaker, run: "Training"):
-        self.args, self.sets, self.maker, self.collator = args, sets, maker, run.collator
-        self.weights = sampling_weights(args, sets)
-        accelerator = run.accelerator
-        self.share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
-        self.order = EpochOrder([len(s.kept) for s in sets], self.weights, args.seed)
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        """Global batches in a pass over the data; None when streaming."""
-        return None if self.args.streaming else MapBatches(self.order, self.share).per_epoch
-
-    def batches(self, start: int) -> Iterator[Batch]:
-        """This process's batches, from a batch number on, without end."""
-        args, workers = self.args, self.args.dataloader_num_workers
-        if args.streaming:
-            stream = StreamBatches(
-                self.sets,
-                self.weights,
-                self.maker,
-                self.collator,
-                self.share,
-                args.seed,
-                args.shuffle_buffer_size,
-                start,
-            )
-            return iter(stream_loader(stream, workers))
-        return iter(
-            map_loader(self.sets, MapBatches(self.order, self.share, start), self.maker, self.collator, workers)
-        )
-
-
 def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Accelerator, collator: Collator) -> Validator:
     """What measures the student on the evaluation datasets."""
-    sources = open_sources(args, "eval")
-    sets = []
-    for source, text in zip(sources, columns_of(args, "eval", sources, "eval_text_column_name"), strict=True):
-        columns = replace(language_columns(args, student, source), text=text)
-        require_language(student, source, columns)
-        sets.append(ValidationSet(source.label, source, columns, transcript_normaliser(args, student, columns)))
-    decoder = (
-        Decoder(student, num_beams=args.generation_num_beams, max_label_length=args.generation_max_length)
-        if args.predict_with_generate
-        else None
-    )
+    beams, most = args.generation_num_beams, args.generation_max_length
+    decoder = Decoder(student, num_beams=beams, max_label_length=most) if args.predict_with_generate else None
     labeller = Labeller(student.grammar, LabelSettings(0.0, 0.0, args.seed))
-    return Validator(
-        sets,
-        accelerator,
-        ExampleMaker(labeller, student.window, args.audio_column_name),
-        collator,
-        args.per_device_eval_batch_size,
-        args.dataloader_num_workers,
-        decoder,
-    )
+    maker = ExampleMaker(labeller, student.window, args.audio_column_name)
+    batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
+    return Validator(open_validation_sets(args, student), accelerator, maker, collator, batch_size, workers, decoder)
 
 
 def spec_augment(args: Arguments, config) -> SpecAugment | None:
     """SpecAugment by the flags and the student's config, None for none."""
     wanted = config.apply_spec_augment if args.apply_spec_augment is None else args.apply_spec_augment
     given = {name: getattr(args, name) for name in ("mask_time_prob", "mask_feature_prob")}
-    chosen = replace(SpecAugment.from_config(config), **{n: value for n, value in given.items() if value is not None})
-    return chosen if wanted else None
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return replace(SpecAugment.from_config(config), **chosen) if wanted else None
 
 
 def make_caches(run: Training, folder: OutputFolder, augment: WaveformAugment) -> StateCaches:
@@ -365,7 +307,7 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
-def train(run: Training, data: TrainingData, max_steps: int) -> None:
+def train(run: Training, data: Mixture, max_steps: int) -> None:
     """The training loop: optimizer steps, and between them metrics, evaluations and checkpoints.
 
     Asked to stop (SIGTERM, SIGINT), it ends the step, writes a checkpoint and leaves.
@@ -597,7 +539,9 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     if caching:
         run.caches = make_caches(run, folder, augment)
     maker = ExampleMaker(labeller, student.window, args.audio_column_name, augment, audio_keys=caching)
-    data = TrainingData(args, sets, maker, run)
+    accelerator = run.accelerator
+    share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
+    data = Mixture(args, sets, maker, run.collator, share)
     max_steps = steps_to_train(args, data.batches_per_epoch)
     go_on(run, max_steps)
     run.trackers = open_trackers(run, folder)

@@ -25,6 +25,7 @@ from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.handoff import (
     MEANINGS,
+    WRITTEN,
     ShardFile,
     finish_shard,
     read_manifest,
@@ -214,6 +215,9 @@ def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
             for name, source in zip(given(role), sources, strict=True)
         ]
 
+    for name in given("text"):
+        if name in WRITTEN:
+            raise UserError(f"--text_column_name {name} is a column that labelling writes; give the transcripts another")
     roles = [given_or("text", None), given("id"), given("speaker_id"), given("recording_id")]
     roles += [given_or("language", args.language), given_or("task", args.task)]
     return [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]

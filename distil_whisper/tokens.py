@@ -67,12 +67,12 @@ class Grammar:
 
     def language_code(self, language: str) -> str:
         """A language given as a code, a name or a token, as its code. Raises UserError for an unknown one."""
-        code = language.strip().lower().removeprefix("<|").removesuffix("|>")
+        code = str(language).strip().lower().removeprefix("<|").removesuffix("|>")
         code = TO_LANGUAGE_CODE.get(code, code)
         if f"<|{code}|>" not in self._vocabulary or code not in LANGUAGES:
             known = [c for c in LANGUAGES if f"<|{c}|>" in self._vocabulary]
             names = [LANGUAGES[c] for c in known]
-            raise UserError(f"the model has no language {language!r} {nearest(language.lower(), known + names)}")
+            raise UserError(f"the model has no language {language!r} {nearest(str(language).lower(), known + names)}")
         return code
 
     @functools.cached_property

@@ -1,18 +1,19 @@
 """The datasets of a training run: where their labels stand, and which of their rows are used."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from distil_whisper.errors import UserError
-from distil_whisper.examples import LabelColumns, Labeller
+from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, keep_rows, table
-from distil_whisper.mixing import TrainingSet
+from distil_whisper.mixing import EpochOrder, MapBatches, Share, StreamBatches, TrainingSet, map_loader, stream_loader
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.normalisation import Normaliser, Normalisers, normaliser
 from distil_whisper.reading import Source, require_columns
 from distil_whisper.sources import SourceFlags, columns_of, first_row, open_sources
 from distil_whisper.tokens import language_and_task
+from distil_whisper.validation import ValidationSet
 
 PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
 
@@ -118,6 +119,40 @@ def open_training_sets(
     if counts:
         say(table(counts))
     return sets
+
+
+def open_validation_sets(args, student: LoadedWhisper) -> list[ValidationSet]:
+    """The datasets that training is evaluated on, all of their rows."""
+    sources = open_sources(args, "eval")
+    sets = []
+    for source, text in zip(sources, columns_of(args, "eval", sources, "eval_text_column_name"), strict=True):
+        columns = replace(language_columns(args, student, source), text=text)
+        require_language(student, source, columns)
+        sets.append(ValidationSet(source.label, source, columns, transcript_normaliser(args, student, columns)))
+    return sets
+
+
+class Mixture:
+    """The training datasets together: how long an epoch of them is, and their batches from any point on."""
+
+    def __init__(self, args, sets: list[TrainingSet], maker: ExampleMaker, collator: Collator, share: Share):
+        self.args, self.sets, self.maker, self.collator, self.share = args, sets, maker, collator, share
+        self.weights = sampling_weights(args, sets)
+        self.order = EpochOrder([len(s.kept) for s in sets], self.weights, args.seed)
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Global batches in a pass over the data; None when streaming."""
+        return None if self.args.streaming else MapBatches(self.order, self.share).per_epoch
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """This process's batches, from a batch number on, without end."""
+        seed, block_size, workers = self.args.seed, self.args.shuffle_buffer_size, self.args.dataloader_num_workers
+        if not self.args.streaming:
+            batches = MapBatches(self.order, self.share, start)
+            return iter(map_loader(self.sets, batches, self.maker, self.collator, workers))
+        settings = (self.maker, self.collator, self.share, seed, block_size, start)
+        return iter(stream_loader(StreamBatches(self.sets, self.weights, *settings), workers))
 
 
 def sampling_weights(args, sets: list[TrainingSet]) -> list[float] | None:
