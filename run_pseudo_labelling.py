@@ -154,9 +154,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
     for flag in ("language", "task"):
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
-            raise UserError(
-                f"--{flag} and --{flag}_column_name were given; it is one for all rows, or each has its own"
-            )
+            raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")
     return args
 
 
@@ -217,7 +215,9 @@ def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
 
     for name in given("text"):
         if name in WRITTEN:
-            raise UserError(f"--text_column_name {name} is a column that labelling writes; give the transcripts another")
+            raise UserError(
+                f"--text_column_name {name} is a column that labelling writes; give the transcripts another"
+            )
     roles = [given_or("text", None), given("id"), given("speaker_id"), given("recording_id")]
     roles += [given_or("language", args.language), given_or("task", args.task)]
     return [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]

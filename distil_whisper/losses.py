@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 CE_WEIGHT = 0.8  # of Distil-Whisper, arXiv 2311.00430
-CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB of float32, some 650 tokens of Whisper's vocabulary
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB of float32, some 320 tokens of Whisper's vocabulary
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,19 @@ def _forward(ctx, hidden, head, targets, teacher, weights, compute_type):
         ce -= log_q.gather(1, targets[part, None]).sum()
         grad = None
         if needs_gradient:
-            grad = log_q.exp().mul_(weights.ce)
+            grad = log_q.exp_().mul_(weights.ce)
             grad.scatter_add_(1, targets[part, None], grad.new_full((len(states), 1), -weights.ce))
+        del log_q
         if teacher is not None:
             kl += _add_kl(logits, teacher[0][part], teacher[1], weights, grad)
+        del logits
         if needs_gradient:
             grad = grad.to(compute_type)
             grad_hidden[part] = (grad @ head_cast).to(hidden.dtype)
-            grad_head += (grad.T @ states).float()
+            if compute_type == torch.float32:
+                grad_head.addmm_(grad.T, states)
+            else:
+                grad_head += (grad.T @ states).float()
     if needs_gradient:
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
     ctx.set_materialize_grads(True)
@@ -104,14 +109,18 @@ def _forward(ctx, hidden, head, targets, teacher, weights, compute_type):
 
 
 def _add_kl(logits, teacher_hidden, teacher_head, weights, grad):
-    """KL(teacher || student) of a chunk at the temperature, its gradient by the student's logits added to grad."""
+    """KL(teacher || student) of a chunk at the temperature, its gradient by the student's logits added to grad.
+
+    Works in place where it can, logits included: these tensors are the largest of all.
+    """
     temperature = weights.temperature
-    teacher_logits = (teacher_hidden @ teacher_head.to(teacher_hidden.dtype).T).float()
-    log_p = functional.log_softmax(teacher_logits / temperature, dim=-1)
-    log_q = functional.log_softmax(logits / temperature, dim=-1)
+    teacher_logits = (teacher_hidden @ teacher_head.to(teacher_hidden.dtype).T).float().div_(temperature)
+    log_p = functional.log_softmax(teacher_logits, dim=-1)
+    del teacher_logits
+    log_q = functional.log_softmax(logits.div_(temperature), dim=-1)
     p = log_p.exp()
     # Where the teacher's probability is 0, log p may be -inf: such an entry adds nothing.
-    kl = (p * (log_p - log_q).nan_to_num_(neginf=0.0)).sum()
+    kl = torch.linalg.vecdot(p, log_p.sub_(log_q).nan_to_num_(neginf=0.0)).sum()
     if grad is not None:  # T^2 * KL has the gradient T * (q - p)
-        grad += (log_q.exp() - p).mul_(weights.kl * temperature)
+        grad.add_(log_q.exp_().sub_(p), alpha=weights.kl * temperature)
     return kl

@@ -36,7 +36,7 @@ stage data python scripts/quickstart_data.py --data_dir "$out/data" --model_dir 
 stage teacher "${train[@]}" --model_name_or_path "$out/teacher_init" --kl_weight 0 \
     --train_dataset_name "$out/data" --train_dataset_config_name windows \
     --timestamp_probability 0.5 --condition_on_prev_probability 0.1 "${noise[@]}" --speed_perturbation 0.9 1.1 \
-    --learning_rate 2e-3 --max_steps 1500 --output_dir "$out/teacher"
+    --learning_rate 2e-3 --max_steps 2000 --output_dir "$out/teacher"
 
 stage labelled "${launch[@]}" run_pseudo_labelling.py "${common[@]}" --model_name_or_path "$out/teacher" --dataset_name "$out/data" \
     --concatenate_audio --recording_id_column_name recording --id_column_name id --speaker_id_column_name speaker \

@@ -127,7 +127,7 @@ def write_windows(folder: Path, grammar: Grammar, draw) -> None:
         previous = None
         for number in bar(range(WINDOWS), desc="making windows", unit="window"):
             known = pool[draw.integers(len(pool))]
-            chosen = draw.integers(len(known), size=draw.integers(1, 7))
+            chosen = draw.integers(len(known), size=1 if draw.random() < 0.35 else draw.integers(2, 7))
             samples, transcript, words = compose([known[index] for index in chosen], draw)
             write(
                 {
@@ -148,7 +148,8 @@ def compose(utterances: list[tuple[list[str], np.ndarray]], draw) -> tuple[np.nd
     words of the utterances that are wholly in it."""
     length = WINDOW_S * RATE
     stream = np.zeros(3 * length, np.float32)  # the window is the middle third
-    at, transcript, spoken = draw.uniform(-1, 0) if draw.random() < 0.3 else draw.uniform(0, 0.4), "", []
+    draw = draw.spawn(1)[0]  # how long the utterances are then changes nothing that is drawn later
+    at, transcript, spoken = draw.uniform(-1, -0.2) if draw.random() < 0.3 else draw.uniform(0.05, 0.4), "", []
     for words, samples in utterances:
         end = at + len(samples) / RATE
         stream[length + int(at * RATE) :][: len(samples)] += draw.uniform(0.6, 1.0) * samples

@@ -238,6 +238,6 @@ def test_a_bad_utterance_is_cut_out_and_counted_apart(make_filter):
 
 
 def test_a_row_that_cannot_be_read_is_named(make_filter):
-    rows = Dataset.from_list([row_of(), row_of(" one<|99.00|>", row_id="speech/train/7")])
+    rows = Dataset.from_list([row_of(row_id="speech/train/6"), row_of(" one<|99.00|>", row_id="speech/train/7")])
     with pytest.raises(UserError, match=r"row speech/train/7: .*<\|99\.00\|>"):
         keep_rows(rows, make_filter(), 1)
