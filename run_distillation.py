@@ -131,6 +131,10 @@ class Arguments(ModelFields, DataFields, RunFields):
     cache_encoder_outputs: bool = option(False, "Keep encoder outputs on disk for later epochs (frozen encoder only).")
     cache_teacher_states: bool = option(False, "Keep the teacher's last hidden states on disk for later epochs.")
     cache_size_gb: float = option(50.0, "The most that both caches may take, in GB.")
+    group_by_length: bool = option(
+        False,
+        "Let rows with labels of like length share a batch: less padding. Not with --streaming.",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     per_device_train_batch_size: int = option(8, "Samples of a process in a batch.")
     per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.")
@@ -199,6 +203,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         )
     if args.do_train and args.streaming and args.max_steps <= 0:
         raise UserError("--streaming needs --max_steps, because the length of an epoch is not known")
+    if args.streaming and args.group_by_length:
+        raise UserError("--group_by_length needs to know all rows, which --streaming does not; leave out one of them")
     check_numbers(args)
     return args
 

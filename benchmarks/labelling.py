@@ -22,10 +22,11 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
-from measuring import SIZES, Clock, in_own_process, machine, peak_bytes, this_device
+from measuring import SIZES, Clock, in_own_process, machine, this_device
 
 from distil_whisper.audio import decode, stack
 from distil_whisper.decoding import Decoder
+from distil_whisper.meters import peak_memory
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import normaliser
@@ -124,7 +125,7 @@ def run_variant(args) -> dict:
     parts = {**clock.seconds, "decoder": seconds - sum(clock.seconds.values())}
     heard = sum(len(samples) for samples in audio) / whisper.window.sampling_rate
     wer = error_rate(texts, tokens, whisper) if args.dataset_name else None
-    return {"seconds": seconds, "audio": heard, "tokens": tokens, "peak": peak_bytes(), "parts": parts, "wer": wer}
+    return {"seconds": seconds, "audio": heard, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
 
 
 def error_rate(texts: list[str], tokens: list[list[int]], whisper: LoadedWhisper) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -61,12 +60,6 @@ def machine() -> str:
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].split(":")[1].strip() if names else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def peak_bytes() -> int:
-    """The most memory of the GPU that was in use, or of this process where there is none."""
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def in_own_process(script: str, variant: str, args) -> dict:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import SIZES, Clock, in_own_process, machine, peak_bytes, this_device
+from measuring import SIZES, Clock, in_own_process, machine, this_device
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -27,6 +27,7 @@ from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.distiller import Distiller
 from distil_whisper.examples import Batch
 from distil_whisper.losses import LossWeights
+from distil_whisper.meters import peak_memory
 from distil_whisper.student import make_student
 
 VARIANTS = ("reference", "engine", "cached")
@@ -141,7 +142,7 @@ def run_variant(args) -> dict:
             if number >= args.warmup:
                 seconds.append(clock.now() - began)
     flops, parts = counted.get_total_flops(), dict(clock.seconds)
-    return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak_bytes(), "flops": flops, "parts": parts}
+    return {"seconds": seconds, "loss": losses[0], "peak_bytes": peak_memory(), "flops": flops, "parts": parts}
 
 
 def one_step(step, student, optimizer, clock: Clock, device, dtype) -> float:

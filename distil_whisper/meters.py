@@ -1,5 +1,6 @@
 """Metrics of training, averaged over processes and over the steps since the last line."""
 
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Meter:
         self._since += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """Metrics by name; every process must call it. Peak memory is the GPU's, where there is one."""
+        """Metrics by name; every process must call it. Peak memory is this process's."""
         ce, kl, tokens, samples, seconds, places = self.sums()
         took = time.perf_counter() - self._since
         ce, kl = ce / max(tokens, 1), kl / max(tokens, 1)
@@ -63,7 +64,12 @@ class Meter:
             "train/audio_hours_per_hour": seconds / took,
             "train/padding": 1 - tokens / max(places, 1),
         }
-        if torch.cuda.is_available():
-            values["train/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        values["train/peak_memory_gb"] = peak_memory() / 1e9
         self._start()
         return values
+
+
+def peak_memory() -> int:
+    """The most bytes that were in use: of the GPU, or of this process where there is none."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

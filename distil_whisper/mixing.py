@@ -13,9 +13,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from distil_whisper.errors import UserError
-from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns
+from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import RowFilter, is_kept
 from distil_whisper.reading import Source
+
+GROUPED_BATCHES = 50  # batches in which rows are sorted by length together
 
 
 @dataclass
@@ -79,13 +81,39 @@ class EpochOrder:
         return np.stack([datasets, rows], 1)
 
 
-class MapBatches(Sampler):
-    """Batches of (epoch, dataset, row, counts) keys for one process, endlessly, from a batch number on."""
+class LabelLengths:
+    """How many decoder positions rows take in an epoch, prompts included; their audio is not read."""
 
-    def __init__(self, order: EpochOrder, share: Share, start: int = 0):
+    def __init__(self, sets: list[TrainingSet], labeller: Labeller, audio_column: str):
+        self.sets = sets
+        self.labeller = labeller
+        self.tables = [training_set.source.dataset.remove_columns(audio_column) for training_set in sets]
+
+    def __call__(self, epoch: int, pairs: np.ndarray) -> np.ndarray:
+        """The lengths of (dataset, row) pairs [rows, 2]; 0 for what trains nothing."""
+        return np.array([self._length(epoch, dataset, position) for dataset, position in pairs.tolist()])
+
+    def _length(self, epoch: int, dataset: int, position: int) -> int:
+        training_set = self.sets[dataset]
+        index = int(training_set.kept[position])
+        row = training_set.row_filter.trimmed(self.tables[dataset][index])
+        row_id = training_set.row_id(row, *training_set.source.locate(index))
+        sequence = self.labeller.sequence(row, training_set.columns, row_id, epoch)
+        return len(sequence.labels) if sequence else 0
+
+
+class MapBatches(Sampler):
+    """Batches of (epoch, dataset, row, counts) keys for one process, endlessly, from a batch number on.
+
+    With lengths, rows of like length share a global batch: GROUPED_BATCHES batches of an epoch are sorted at a time,
+    cut into batches, and those are put in a random order.
+    """
+
+    def __init__(self, order: EpochOrder, share: Share, start: int = 0, lengths: LabelLengths | None = None):
         self.order = order
         self.share = share
         self.start = start
+        self.lengths = lengths
 
     @property
     def per_epoch(self) -> int:
@@ -93,13 +121,27 @@ class MapBatches(Sampler):
         return -(-len(self.order) // (self.share.batch_size * self.share.processes))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int, bool]]]:
-        size = self.share.batch_size * self.share.processes
         for epoch in count(self.start // self.per_epoch):
-            order = self.order(epoch)
             first = self.start % self.per_epoch if epoch == self.start // self.per_epoch else 0
-            for number in range(first, self.per_epoch):
-                mine, counts = self.share.of(order[number * size : (number + 1) * size].tolist())
+            for rows in self._of_epoch(epoch, first):
+                mine, counts = self.share.of(rows.tolist())
                 yield [(epoch, dataset, row, counts) for dataset, row in mine]
+
+    def _of_epoch(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        """The global batches of an epoch, from one on."""
+        size, order = self.share.batch_size * self.share.processes, self.order(epoch)
+        group = GROUPED_BATCHES if self.lengths else 1
+        for begin in range(first - first % group, self.per_epoch, group):
+            rows = order[begin * size : (begin + group) * size]
+            batches = self._grouped(epoch, begin, rows, size) if self.lengths else [rows]
+            yield from batches[max(first - begin, 0) :]
+
+    def _grouped(self, epoch: int, begin: int, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        rows = rows[np.argsort(self.lengths(epoch, rows), kind="stable")]
+        batches = [rows[place : place + size] for place in range(0, len(rows), size)]
+        whole = len(rows) // size  # a smaller batch stays the last one
+        draw = np.random.default_rng([self.order.seed, epoch, begin])
+        return [batches[place] for place in draw.permutation(whole)] + batches[whole:]
 
 
 class MapExamples(Dataset):

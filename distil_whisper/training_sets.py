@@ -7,7 +7,16 @@ from dataclasses import replace
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, keep_rows, table
-from distil_whisper.mixing import EpochOrder, MapBatches, Share, StreamBatches, TrainingSet, map_loader, stream_loader
+from distil_whisper.mixing import (
+    EpochOrder,
+    LabelLengths,
+    MapBatches,
+    Share,
+    StreamBatches,
+    TrainingSet,
+    map_loader,
+    stream_loader,
+)
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.normalisation import Normaliser, Normalisers, normaliser
 from distil_whisper.reading import Source, require_columns
@@ -149,7 +158,9 @@ class Mixture:
         """This process's batches, from a batch number on, without end."""
         seed, block_size, workers = self.args.seed, self.args.shuffle_buffer_size, self.args.dataloader_num_workers
         if not self.args.streaming:
-            batches = MapBatches(self.order, self.share, start)
+            grouping = self.args.group_by_length
+            lengths = LabelLengths(self.sets, self.maker.labeller, self.maker.audio_column) if grouping else None
+            batches = MapBatches(self.order, self.share, start, lengths)
             return iter(map_loader(self.sets, batches, self.maker, self.collator, workers))
         settings = (self.maker, self.collator, self.share, seed, block_size, start)
         return iter(stream_loader(StreamBatches(self.sets, self.weights, *settings), workers))

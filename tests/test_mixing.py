@@ -2,7 +2,7 @@
 
 import pickle
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +16,7 @@ from distil_whisper.examples import ExampleMaker, LabelColumns, Labeller, LabelS
 from distil_whisper.filtering import FilterSettings, RowFilter
 from distil_whisper.mixing import (
     EpochOrder,
+    LabelLengths,
     MapBatches,
     MapExamples,
     Share,
@@ -260,3 +261,25 @@ def test_a_stream_of_which_no_row_is_left_ends_with_the_reasons(make_sets):
     stream = streamed(make_sets, Share(0, 1, 2), names=["first"], wer_threshold=-1.0)
     with pytest.raises(UserError, match=r"no row of first/default/train is left .*wer_threshold': 10"):
         next(stream.rows())
+
+
+def test_rows_of_like_length_share_a_batch(make_sets, monkeypatch):
+    """Prompts count, each row is there once an epoch, and a resumed run goes on with the very next batch."""
+    monkeypatch.setattr(mixing, "GROUPED_BATCHES", 4)
+    sets, maker = make_sets(False)
+    lengths = LabelLengths(sets, maker.labeller, "audio")
+    order, share = EpochOrder([len(s.kept) for s in sets], None, SEED), Share(0, 1, SIZE)
+    per_epoch = MapBatches(order, share).per_epoch
+    grouped = list(islice(MapBatches(order, share, 0, lengths), 2 * per_epoch))
+    plain = list(islice(MapBatches(order, share), 2 * per_epoch))
+    assert sorted(chain.from_iterable(grouped)) == sorted(chain.from_iterable(plain)) and grouped != plain
+
+    def padding(batches):
+        found = [lengths(batch[0][0], np.array([key[1:3] for key in batch])) for batch in batches]
+        return sum(len(batch) * batch.max() - batch.sum() for batch in found)
+
+    assert padding(grouped) < padding(plain)
+    epochs = {tuple(lengths(epoch, order(0)).tolist()) for epoch in range(4)}
+    assert len(epochs) > 1  # timestamps and prompts are drawn again
+    for start in (1, 5, per_epoch + 3):
+        assert list(islice(MapBatches(order, share, start, lengths), 4)) == grouped[start : start + 4]

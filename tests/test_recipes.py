@@ -26,7 +26,7 @@ SCRIPTS = {path.name: path.stem for path in ROOT.glob("run_*.py")} | {
 }
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGE_RECIPES = sorted((ROOT / "scripts" / "hindi").glob("[1-9]_*.sh"))
-RECIPES = [*STAGE_RECIPES, ROOT / "scripts" / "local_json.sh"]
+RECIPES = [*STAGE_RECIPES, ROOT / "scripts/hindi/patient_training.sh", ROOT / "scripts/local_json.sh"]
 SWEEP = yaml.safe_load((ROOT / "scripts" / "chunk_length_s_sweep.yaml").read_text(encoding="utf-8"))
 OF_OTHERS = {"--help", "--flag", "--machine_rank"}  # of accelerate and argparse
 
