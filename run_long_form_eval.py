@@ -1,7 +1,7 @@
 """Evaluate a model on recordings of any length: WER, CER and speed: stage 4b.
 
 accelerate launch run_long_form_eval.py --model_name_or_path openai/whisper-large-v2 \
-    --dataset_name distil-whisper/tedlium-long-form --dataset_config_name all --dataset_split_name validation \
+    --dataset_name distil-whisper/tedlium-long-form --dataset_split_name validation \
     --text_column_name text --language en --chunk_length_s 30 --return_timestamps --dtype bfloat16 --streaming \
     --output_dir ./tedlium
 
