@@ -2,8 +2,8 @@
 
 python benchmarks/labelling_memory.py --json labelling_memory.json
 
-Makes shards of about 100 MB (48 kHz stereo noise) and an untrained toy teacher, and lets run_pseudo_labelling.py stream
---few and --many of them, each in a process of its own.
+Makes shards of about 100 MB (48 kHz stereo noise) and an untrained toy teacher, and lets run_pseudo_labelling.py
+stream --few and --many of them, each in a process of its own.
 """
 
 import argparse
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import soundfile
 from measuring import machine
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import toy_whisper
 
+ROOT = Path(__file__).resolve().parent.parent
 WINDOW_S, RATE = 4, 48_000
 
 
