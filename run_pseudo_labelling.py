@@ -56,6 +56,7 @@ LABEL_ARGUMENTS = (  # those that decide what the labels are
     "task",
     "return_timestamps",
     "generation_num_beams",
+    "backend",
     "max_label_length",
     "decode_token_ids",
     "concatenate_audio",
@@ -101,6 +102,11 @@ class Arguments(ModelFields, DataFields, RunFields):
     )
     return_timestamps: bool = option(False, "Let the teacher write timestamps.")
     generation_num_beams: int = option(1, "Beams of the search; 1 is greedy.")
+    backend: str = option(
+        "torch",
+        "What decodes: torch, or ctranslate2 (a converted copy of the teacher, in the type that --dtype says).",
+        choices=["torch", "ctranslate2"],
+    )
     max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.")
     decode_token_ids: bool = option(
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
@@ -348,6 +354,20 @@ def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
     check_skipped(job.args, sum(summary["read"] for summary in summaries), len(skipped), at_least=0)
 
 
+def make_decoder(args: Arguments, whisper: LoadedWhisper, device) -> Decoder:
+    """What decodes the windows: both backends have one interface."""
+    options = {
+        "num_beams": args.generation_num_beams,
+        "max_label_length": args.max_label_length,
+        "return_timestamps": args.return_timestamps,
+    }
+    if args.backend == "torch":
+        return Decoder(whisper, **options)
+    from distil_whisper.ctranslate2_backend import CTranslate2Decoder  # which takes a while to import
+
+    return CTranslate2Decoder(whisper, device=device, **options)
+
+
 def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None) -> Job:
     """Load the teacher and settle what it is told."""
     whisper = load_whisper(
@@ -355,15 +375,10 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None
         dtype=args.dtype,
         attn_type=args.attn_type,
         cache_dir=args.cache_dir,
-        device=accelerator.device,
+        device=accelerator.device if args.backend == "torch" else "cpu",
     )
     language, task = language_and_task(args.language, args.task, whisper.grammar, whisper.model.generation_config)
-    decoder = Decoder(
-        whisper,
-        num_beams=args.generation_num_beams,
-        max_label_length=args.max_label_length,
-        return_timestamps=args.return_timestamps,
-    )
+    decoder = make_decoder(args, whisper, accelerator.device)
     return Job(
         args, accelerator, folder, whisper, decoder, language, task, Normalisers(args.normalizer, whisper.tokenizer)
     )

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import torch
 from measuring import SIZES, Clock, in_own_process, machine, this_device
 
 from distil_whisper.audio import decode, stack
+from distil_whisper.ctranslate2_backend import CTranslate2Decoder
 from distil_whisper.decoding import Decoder
 from distil_whisper.meters import peak_memory
 from distil_whisper.mixing import batched
@@ -35,7 +37,7 @@ from distil_whisper.reading import open_source
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import toy_whisper
 
-VARIANTS = ("reference", "engine", "engine_bfloat16")
+VARIANTS = ("reference", "engine", "engine_bfloat16", "ctranslate2")
 TOLD = ("en", "transcribe")
 PREFIX = 3  # <|startoftranscript|>, language, task
 
@@ -90,17 +92,24 @@ class Reference:
 
 
 class Engine:
-    """The labelling engine's decoder."""
+    """The labelling engine, with one of its decoders."""
 
-    def __init__(self, whisper: LoadedWhisper, clock: Clock, max_label_length: int):
+    def __init__(self, whisper: LoadedWhisper, clock: Clock, max_label_length: int, make=Decoder):
         self.whisper = whisper
-        self.decoder = Decoder(whisper, max_label_length=max_label_length, return_timestamps=True)
+        self.decoder = make(whisper, max_label_length=max_label_length, return_timestamps=True)
         clock.around(self.decoder, "log_mel", "log-mel")
 
     def __call__(self, batch: Iterable[np.ndarray]) -> list[list[int]]:
         """The tokens of each window."""
         found = self.decoder(stack(list(batch), self.whisper.window), *TOLD)
         return [self.whisper.grammar.spoken(result.ids) for result in found]
+
+
+def engine_of(variant: str):
+    """What decodes in a variant."""
+    if variant == "ctranslate2":
+        return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
+    return Reference if variant == "reference" else Engine
 
 
 def run_variant(args) -> dict:
@@ -113,7 +122,7 @@ def run_variant(args) -> dict:
         whisper = load_whisper(args.model_name_or_path or folder, dtype=dtype, device=device)
     clock = Clock(device)
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
-    decode_batch = (Reference if args.variant == "reference" else Engine)(whisper, clock, args.max_label_length)
+    decode_batch = engine_of(args.variant)(whisper, clock, args.max_label_length)
     audio, texts = windows(args, whisper)
     audio, texts = zip(*sorted(zip(audio, texts, strict=True), key=lambda pair: len(pair[0])), strict=True)
     decode_batch(audio[: args.batch_size])  # warms the machine up
@@ -162,8 +171,10 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "peak_gb": {name: statistics.median(run["peak"] for run in of) / 1e9 for name, of in runs.items()},
         "speedup": speedup("engine"),
         "speedup_bfloat16": speedup("engine_bfloat16"),
+        "speedup_ctranslate2": speedup("ctranslate2"),
         "token_agreement": agreement("engine"),
         "token_agreement_bfloat16": agreement("engine_bfloat16"),
+        "token_agreement_ctranslate2": agreement("ctranslate2"),
         "wer": {name: of[0]["wer"] for name, of in runs.items()},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
@@ -178,10 +189,9 @@ def show(result: dict) -> None:
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
         print(f"{name:18}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
-    print(
-        f"speedup {result['speedup']:.2f}, tokens equal {result['token_agreement']:.4f}; "
-        f"in bfloat16 {result['speedup_bfloat16']:.2f} and {result['token_agreement_bfloat16']:.4f}"
-    )
+    for name in ("", "_bfloat16", "_ctranslate2"):
+        speedup, agreement = result[f"speedup{name}"], result[f"token_agreement{name}"]
+        print(f"engine{name}: {speedup:.2f} times as fast, {agreement:.4f} of the tokens equal")
 
 
 def main(argv: list[str] | None = None) -> None:

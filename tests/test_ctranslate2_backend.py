@@ -1,0 +1,36 @@
+"""CTranslate2 says what our own search says, and its rows are those of the hand-off dataset."""
+
+import pytest
+from conftest import write_audio_dataset
+from stages import ENGLISH, SPEAKERS, label, rows_of
+
+from distil_whisper.audio import stack
+from distil_whisper.ctranslate2_backend import CTranslate2Decoder
+from distil_whisper.decoding import Decoder
+from distil_whisper.models import load_whisper
+
+
+@pytest.fixture(scope="module")
+def teacher(taught):
+    return load_whisper(str(taught), device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"return_timestamps": True}, {}, {"max_label_length": 2}])
+def test_tokens_and_figures_are_those_of_the_greedy_search(teacher, utterances, options):
+    waveforms = stack([utterance.samples for utterance in utterances], teacher.window)
+    expected = Decoder(teacher, **options)(waveforms, "en", "transcribe")
+    found = CTranslate2Decoder(teacher, **options)(waveforms, "en", "transcribe")
+    assert [(f.ids, f.truncated) for f in found] == [(e.ids, e.truncated) for e in expected]
+    for ours, theirs in zip(expected, found, strict=True):
+        assert ours.truncated or theirs.avg_logprob == pytest.approx(ours.avg_logprob, abs=2e-3)
+        assert theirs.no_speech_prob == pytest.approx(ours.no_speech_prob, abs=1e-3)
+    assert {e.truncated for e in expected} == {"max_label_length" in options}
+
+
+def test_labels_are_the_same(taught, labelled, utterances, tmp_path):
+    data = write_audio_dataset(tmp_path / "speech", utterances)
+    flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--decode_token_ids", False, "--backend", "ctranslate2"]
+    found = rows_of(label(taught, data, tmp_path / "out", *flags))
+    for row, expected in zip(found, rows_of(labelled), strict=True):
+        for name in ("whisper_transcript", "whisper_token_ids", "condition_on_prev", "wer", "truncated"):
+            assert row[name] == expected[name]
