@@ -24,7 +24,7 @@ def test_tokens_and_figures_are_those_of_the_greedy_search(teacher, utterances, 
     for ours, theirs in zip(expected, found, strict=True):
         assert ours.truncated or theirs.avg_logprob == pytest.approx(ours.avg_logprob, abs=2e-3)
         assert theirs.no_speech_prob == pytest.approx(ours.no_speech_prob, abs=1e-3)
-    assert {e.truncated for e in expected} == {"max_label_length" in options}
+    assert any(e.truncated for e in expected) == ("max_label_length" in options)
 
 
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path):

@@ -128,6 +128,18 @@ def test_one_run_at_a_time(tmp_path):
         folder.claim("metrics.jsonl")
 
 
+def test_a_process_that_outlives_the_main_one_keeps_others_out(tmp_path):
+    with OutputFolder(tmp_path, STAGE) as main, OutputFolder(tmp_path, STAGE, main=False) as other:
+        main.share()
+        other.share()
+        main.__exit__()
+        main._lock = None
+        with pytest.raises(UserError, match="another run of this stage"):
+            OutputFolder(tmp_path, STAGE)
+    with OutputFolder(tmp_path, STAGE):
+        pass
+
+
 LOCKING = "import sys; from distil_whisper.outputs import OutputFolder; f = OutputFolder(sys.argv[1], sys.argv[2]); "
 
 
