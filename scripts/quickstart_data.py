@@ -34,7 +34,7 @@ VOICES = ["en-us", "en-gb-scotland", "en-us+f2", "en-us+m3"]
 # A teacher has heard more than the data that it labels: these as well, but not the last.
 TEACHERS_VOICES = [*VOICES, "en-gb-x-rp", "en-029", "en-us+m1", "en-us+m4", "en-us+m6", "en-gb-x-gbcwmd+f4"]
 TEACHERS_VOICES += ["en-us+f1", "en-us+f4", "en-gb-x-rp+f5", "en-gb-scotland+m2", "en-029+f3", "en-gb-x-gbclan+m5"]
-UNSEEN_VOICES = ["en-us+m7", "en-gb-x-gbclan+f3"]
+UNSEEN_VOICES = ["en-gb-x-rp+m3", "en-gb-x-gbclan+f3"]
 TEXT = Value("string")
 FEATURES = Features({"audio": Audio(), "text": TEXT, "id": TEXT, "speaker": TEXT, "recording": TEXT})
 WINDOW_FEATURES = Features(
