@@ -155,6 +155,7 @@ def shards(folder) -> dict[str, bytes]:
 def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folder, monkeypatch, tmp_path):
     """Killed while it writes the second of two shards: the first is left as it is, the second has the same bytes."""
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--streaming", streaming]
+    flags += ["--logging_steps", 1]
     unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
     label_unit = run_pseudo_labelling.UnitLabeller.__call__
 
