@@ -50,8 +50,7 @@ class Rules:
         if not first:
             scores = self._in_pairs(scores, history)
         words, times = scores[:, : self.begin], scores[:, self.begin :]
-        total = scores.logsumexp(-1, keepdim=True)
-        likelier = times.logsumexp(-1, keepdim=True) - total > words.amax(-1, keepdim=True) - total
+        likelier = times.logsumexp(-1, keepdim=True) > words.amax(-1, keepdim=True)
         return torch.cat([words.masked_fill(likelier, -torch.inf), times], -1)
 
     def _in_pairs(self, scores: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
