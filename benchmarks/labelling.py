@@ -46,15 +46,17 @@ def save_teacher(folder: Path, size: str, label_tokens: int) -> None:
     """A Whisper of a real size that says the same thing of every window."""
     of = SIZES[size]
     torch.manual_seed(0)
-    tokenizer = toy_whisper.make_tokenizer(["one two three"])
+    small = toy_whisper.make_tokenizer(["one two three"])
+    tokenizer = toy_whisper.make_tokenizer(["one two three"], fillers=of["vocabulary"] - len(small))
     shape = (30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
     model = toy_whisper.make_model(tokenizer, *shape)
-    model.resize_token_embeddings(of["vocabulary"], mean_resizing=False)
     words = tokenizer.convert_tokens_to_ids(["o", "n", "e"] * label_tokens)[: label_tokens - 3]
     ends = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
     transcript = [ends[0], *words, *ends[1:]]
     with torch.no_grad():
         tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
+        tokens[ends[-1]] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
+        tokens[sorted(set(transcript))] *= 4  # likelier than all timestamps together, which Whisper's rules compare
         places[PREFIX - 1 : PREFIX - 1 + len(transcript)] = 20 * tokens[transcript]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

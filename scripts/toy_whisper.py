@@ -22,8 +22,13 @@ TIMESTAMPS = [f"<|{index * 0.02:.2f}|>" for index in range(1501)]
 TASKS = ("translate", "transcribe")
 
 
-def make_tokenizer(texts: list[str], vocab_size: int = 400, multilingual: bool = True) -> WhisperTokenizer:
-    """A byte-level BPE tokenizer trained on the texts, with Whisper's special and timestamp tokens in their order."""
+def make_tokenizer(
+    texts: list[str], vocab_size: int = 400, multilingual: bool = True, fillers: int = 0
+) -> WhisperTokenizer:
+    """A byte-level BPE tokenizer trained on the texts, with Whisper's special and timestamp tokens in their order.
+
+    fillers: so many more tokens of text, which no text uses, for a vocabulary of a real size.
+    """
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=1, show_progress=False)
     merges = [tuple(merge) for merge in _merges(trainer)]
@@ -31,6 +36,7 @@ def make_tokenizer(texts: list[str], vocab_size: int = 400, multilingual: bool =
     languages = list(LANGUAGES)[:99] if multilingual else ["en"]
     special = ["<|startoftranscript|>", *(f"<|{code}|>" for code in languages), *(f"<|{task}|>" for task in TASKS)]
     special += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    vocabulary |= {f"filler{number}": len(vocabulary) + number for number in range(fillers)}
     vocabulary["<|endoftext|>"] = len(vocabulary)
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=merges, pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"extra_special_tokens": special})
