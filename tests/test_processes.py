@@ -1,11 +1,14 @@
 """Two processes give what one gives: the same rows, the same losses for the same global batches, the same figures."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import launch
+from conftest import ROOT, launch
 from stages import ENGLISH, SPEAKERS, metrics, train_few, weights
 
 TRAINING = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
@@ -64,3 +67,14 @@ def test_labelling_in_two_processes(taught, labelled, speech_folder, tmp_path):
         assert pq.read_table(labelled / path).equals(pq.read_table(tmp_path / "labelled" / path))
     found, expected = metrics(tmp_path / "labelled"), metrics(labelled)
     assert [{**line, "step": 0} for line in found] == [{**line, "step": 0} for line in expected]
+
+
+def test_the_configuration_for_a_cpu_starts_two_processes(tmp_path):
+    """accelerate can start one without a word where two were asked for."""
+    script = tmp_path / "count.py"
+    script.write_text("from accelerate import Accelerator\nprint(f'of {Accelerator().num_processes}')\n")
+    config = ROOT / "scripts/accelerate/ddp_cpu_2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout.count("of 2")) == (0, 2), ran.stderr
