@@ -10,7 +10,6 @@ real transcript. All rows end together, so what the engine gains from rows that 
 Every variant runs in processes of its own, in turn; ratios are medians of pairs.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
-from measuring import SIZES, Clock, in_own_process, machine, this_device
+from measuring import SIZES, Clock, in_turn, machine, make_parser, this_device, write_json
 
 from distil_whisper.audio import decode, stack
 from distil_whisper.ctranslate2_backend import CTranslate2Decoder
@@ -198,32 +197,23 @@ def show(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="large-v3" if cuda else "tiny")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser = make_parser(__doc__, VARIANTS)
     parser.add_argument("--batch_size", type=int, default=128 if cuda else 16)
     parser.add_argument("--batches", type=int, default=4 if cuda else 2)
     parser.add_argument("--label_tokens", type=int, default=128 if cuda else 64)
     parser.add_argument("--max_label_length", type=int, default=225 if cuda else 128)
-    parser.add_argument("--pairs", type=int, default=3, help="Processes of each variant, in turn.")
     parser.add_argument("--model_name_or_path", help="A model to use in place of the one that is made.")
     parser.add_argument("--dataset_name", help="A dataset with a column text, for that model.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_split_name", default="test")
-    parser.add_argument("--json", help="File for the results.")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
         print(json.dumps(run_variant(args)))
         return
-    runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
-    for _ in range(args.pairs):
-        for name in VARIANTS:
-            runs[name].append(in_own_process(__file__, name, args))
+    runs = in_turn(__file__, VARIANTS, args)
     result = summarise(args, runs)
     show(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args, result)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ which a fifth is padding. Liger's is LigerFusedLinearJSDLoss with beta=0, which 
 ours is; it is left out where the package is missing. Every variant runs in processes of its own, in turn.
 """
 
-import argparse
 import importlib.util
 import json
 import statistics
-from pathlib import Path
 
 import torch
-from measuring import SIZES, Clock, in_own_process, machine, this_device
+from measuring import SIZES, Clock, in_turn, machine, make_parser, this_device, write_json
 from torch.nn import functional
 
 from distil_whisper.losses import LossWeights, distillation_loss
@@ -128,23 +126,15 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="large-v3" if cuda else "tiny")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser = make_parser(__doc__, VARIANTS)
     parser.add_argument("--batch_size", type=int, default=64 if cuda else 8)
     parser.add_argument("--label_tokens", type=int, default=128 if cuda else 96)
     parser.add_argument("--steps", type=int, default=10 if cuda else 3, help="Timed calls of a process.")
-    parser.add_argument("--pairs", type=int, default=3, help="Processes of each variant, in turn.")
-    parser.add_argument("--json", help="File for the results.")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
         print(json.dumps(run_variant(args)))
         return
-    runs = {name: [] for name in VARIANTS[: 4 if importlib.util.find_spec("liger_kernel") else 2]}
-    for _ in range(args.pairs):
-        for name in runs:
-            runs[name].append(in_own_process(__file__, name, args))
+    runs = in_turn(__file__, VARIANTS[: 4 if importlib.util.find_spec("liger_kernel") else 2], args)
     result = summarise(args, runs)
     print(f"{result['machine']}; {args.size}, {args.dtype}, {result['tokens']} tokens")
     print(f"{'':16}{'seconds':>9}{'first':>9}{'peak GB':>9}{'loss error':>12}{'gradient error':>16}")
@@ -152,8 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         row = result[name]
         figures = f"{row['seconds']:>9.3f}{row['first_seconds']:>9.3f}{row['peak_gb']:>9.2f}"
         print(f"{name:16}{figures}{row['loss_error']:>12.1e}{row['gradient_error']:>16.1e}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args, result)
 
 
 if __name__ == "__main__":

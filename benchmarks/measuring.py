@@ -1,11 +1,13 @@
 """What the benchmarks share: a clock that counts parts, the machine's name, variants in processes of their own."""
 
+import argparse
 import json
 import platform
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +62,33 @@ def machine() -> str:
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].split(":")[1].strip() if names else platform.processor()
     return f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def make_parser(description: str, variants: tuple[str, ...]) -> argparse.ArgumentParser:
+    """The arguments of every benchmark; sizes and types are those of the machine at hand unless given."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="large-v3" if cuda else "tiny")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser.add_argument("--pairs", type=int, default=3, help="Processes of each variant, in turn.")
+    parser.add_argument("--json", help="File for the results.")
+    parser.add_argument("--variant", choices=variants, help=argparse.SUPPRESS)
+    return parser
+
+
+def in_turn(script: str, variants: Iterable[str], args) -> dict[str, list[dict]]:
+    """What every variant gave, each --pairs times, one after the other."""
+    runs: dict[str, list[dict]] = {name: [] for name in variants}
+    for _ in range(args.pairs):
+        for name, of in runs.items():
+            of.append(in_own_process(script, name, args))
+    return runs
+
+
+def write_json(args, result: dict) -> None:
+    """Write the result where --json says, if it does."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def in_own_process(script: str, variant: str, args) -> dict:

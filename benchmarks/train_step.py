@@ -8,7 +8,6 @@ padded to 448, full logits, float features read from disk. Every variant runs in
 several times; ratios are medians of pairs.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import SIZES, Clock, in_own_process, machine, this_device
+from measuring import SIZES, Clock, in_turn, machine, make_parser, this_device, write_json
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -218,29 +217,20 @@ def show(result: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="large-v3" if cuda else "tiny")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if cuda else "float32")
+    parser = make_parser(__doc__, VARIANTS)
     parser.add_argument("--batch_size", type=int, default=64 if cuda else 8)
     parser.add_argument("--label_tokens", type=int, default=128 if cuda else 95)
     parser.add_argument("--steps", type=int, default=10 if cuda else 3, help="Timed steps of a process.")
     parser.add_argument("--warmup", type=int, default=3 if cuda else 1, help="Steps before them.")
-    parser.add_argument("--pairs", type=int, default=3, help="Processes of each variant, in turn.")
-    parser.add_argument("--json", help="File for the results.")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
         print(json.dumps(run_variant(args)))
         return
     rate = matmul_rate(getattr(torch, args.dtype))
-    runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
-    for _ in range(args.pairs):
-        for name in VARIANTS:
-            runs[name].append(in_own_process(__file__, name, args))
+    runs = in_turn(__file__, VARIANTS, args)
     result = summarise(args, runs, rate)
     show(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args, result)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@ class BackgroundUploads:
     """Pushes finished files from a thread. What the Hub refuses is tried again, and then left for a later push: the
     work goes on in any case."""
 
-    def __init__(self, folder: Path, repo: str, say: Callable[[str], None], wait_s: float = FIRST_WAIT_S):
+    def __init__(self, folder: Path, repo: str, say: Callable[[str], None]):
         self.folder = folder
         self.repo = repo
         self.say = say
-        self.wait_s = wait_s
         self._finished: SimpleQueue[tuple[str, ...] | None] = SimpleQueue()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._push, daemon=True)  # a killed run does not wait for the Hub
@@ -53,5 +52,5 @@ class BackgroundUploads:
                 return
             except UserError as error:
                 problem = error
-                self._ending.wait(self.wait_s * 2**attempt)
+                self._ending.wait(FIRST_WAIT_S * 2**attempt)
         self.say(f"{problem} (the work goes on, and what is missing there is pushed at the end)")

@@ -51,7 +51,8 @@ def test_training_goes_on_in_two_processes(student, taught, labelled, tmp_path):
 @pytest.mark.slow
 def test_streamed_training_in_two_processes(student, taught, labelled, tmp_path):
     flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test", "--teacher_model_name_or_path", taught]
-    train_twice(student, labelled, tmp_path, [*flags, "--streaming"])
+    said = train_twice(student, labelled, tmp_path, [*flags, "--streaming"])  # which compares the two
+    assert said.count("step 4: loss") == 1
 
 
 def test_labelling_in_two_processes(taught, labelled, speech_folder, tmp_path):

@@ -28,6 +28,7 @@ def hub(monkeypatch):
         Hub.pushed.append(list(names))
 
     monkeypatch.setattr(uploads.hub, "push_files", push_files)
+    monkeypatch.setattr(uploads, "FIRST_WAIT_S", 0.0)
     return Hub
 
 
@@ -47,7 +48,7 @@ def test_files_are_pushed_while_others_are_made_and_those_waiting_together(hub, 
 def test_a_refused_push_is_tried_again(hub, tmp_path):
     hub.refusals = ATTEMPTS - 1
     said = []
-    background = BackgroundUploads(tmp_path, "me/labels", said.append, wait_s=0.0)
+    background = BackgroundUploads(tmp_path, "me/labels", said.append)
     background.add("a.parquet")
     background.finish()
     assert hub.pushed == [["a.parquet"]] and hub.tried == ATTEMPTS and not said
@@ -56,7 +57,7 @@ def test_a_refused_push_is_tried_again(hub, tmp_path):
 def test_a_hub_that_fails_is_said_and_the_next_files_are_pushed(hub, tmp_path):
     hub.refusals = ATTEMPTS
     said = []
-    background = BackgroundUploads(tmp_path, "me/labels", said.append, wait_s=0.0)
+    background = BackgroundUploads(tmp_path, "me/labels", said.append)
     background.add("a.parquet")
     while not said:
         pass
