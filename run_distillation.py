@@ -179,6 +179,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     trackers: Trackers | None = None
     caches: StateCaches | None = None
+    data: Mixture | None = None
 
     @property
     def raw_optimizer(self) -> torch.optim.Optimizer:
@@ -313,13 +314,13 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
-def train(run: Training, data: Mixture, max_steps: int) -> None:
+def train(run: Training, max_steps: int) -> None:
     """The training loop: optimizer steps, and between them metrics, evaluations and checkpoints.
 
     Asked to stop (SIGTERM, SIGINT), it ends the step, writes a checkpoint and leaves.
     """
     args, state = run.args, run.state
-    batches = data.batches(state.step * args.gradient_accumulation_steps)
+    batches = run.data.batches(state.step * args.gradient_accumulation_steps, state.streams, run.accelerator.print)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
     run.model.train()  # checkpoints are loaded in evaluation mode
     with StopRequest() as stop, progress:
@@ -331,7 +332,7 @@ def train(run: Training, data: Mixture, max_steps: int) -> None:
             progress.update()
             last = state.step == max_steps
             if state.step % args.logging_steps == 0 or last:
-                log(run, data.batches_per_epoch)
+                log(run)
             if run.validator is not None and (last or (args.eval_steps and state.step % args.eval_steps == 0)):
                 evaluate(run)
             if last or stopping or state.step % args.save_steps == 0:
@@ -349,12 +350,12 @@ def agree(accelerator: Accelerator, group: list[Batch], stop: StopRequest) -> tu
     return tokens.clamp(min=1), bool(stopping)
 
 
-def log(run: Training, batches_per_epoch: int | None) -> None:
+def log(run: Training) -> None:
     """Write the metrics of the last steps to the trackers, and the first of them to the terminal."""
     values = run.meter.read()
     values["train/learning_rate"] = run.scheduler.get_last_lr()[0]
-    if batches_per_epoch:
-        values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / batches_per_epoch
+    if run.data.batches_per_epoch:
+        values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / run.data.batches_per_epoch
     run.trackers.log(values, run.state.step)
     say(run, f"step {run.state.step}: " + ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items()))
 
@@ -411,7 +412,7 @@ def evaluate(run: Training) -> None:
 
 def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
-    run.state.metered = run.meter.sums()
+    run.state.metered, run.state.streams = run.meter.sums(), run.data.to_keep()
     run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
 
@@ -547,11 +548,11 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     maker = ExampleMaker(labeller, student.window, args.audio_column_name, augment, audio_keys=caching)
     accelerator = run.accelerator
     share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
-    data = Mixture(args, sets, maker, run.collator, share)
-    max_steps = steps_to_train(args, data.batches_per_epoch)
+    run.data = Mixture(args, sets, maker, run.collator, share)
+    max_steps = steps_to_train(args, run.data.batches_per_epoch)
     go_on(run, max_steps)
     run.trackers = open_trackers(run, folder)
-    train(run, data, max_steps)
+    train(run, max_steps)
     run.checkpoints.finish()
     export(run, folder, repo)
 

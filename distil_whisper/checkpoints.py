@@ -38,12 +38,13 @@ _MOMENTS = "state."
 @dataclass
 class TrainerState:
     """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
-    validation, and what the meter has summed since the last line of metrics."""
+    validation, what the meter has summed since the last line of metrics, and where the streams stand."""
 
     step: int = 0
     figures: dict[int, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     metered: list[float] = field(default_factory=list)
+    streams: dict = field(default_factory=dict)
 
     def best_steps(self, count: int) -> list[int]:
         """The steps of the lowest figures, the best first."""

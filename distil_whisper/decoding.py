@@ -77,15 +77,8 @@ class Decoder:
         return self._beams(encoded, prefix, language, task)
 
     def _greedy(self, encoded: torch.Tensor, prefix: list[int]) -> list[Decoded]:
-        config, grammar = self.model.config, self.grammar
-        rules = Rules(
-            self.model.generation_config,
-            config.vocab_size,
-            grammar.end,
-            grammar.no_timestamps,
-            self.return_timestamps,
-            encoded.device,
-        )
+        grammar, config = self.grammar, self.model.generation_config
+        rules = Rules(config, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
         found = greedy_search(self.model, encoded, prefix, rules, most)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)

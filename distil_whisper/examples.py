@@ -1,16 +1,19 @@
 """Training examples: a row of a dataset becomes a waveform and a token sequence, and rows become a batch."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from distil_whisper.audio import AudioError, Window, decode, stack
 from distil_whisper.augmentation import WaveformAugment, at_speed
 from distil_whisper.cutting import REMOVED, cut_samples
 from distil_whisper.errors import UserError
 from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
+
+TENSORS = ("waveforms", "decoder_input_ids", "labels")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ class Batch:
 
     def inputs(self, device) -> dict[str, torch.Tensor]:
         """The training step's arguments, on a device."""
-        return {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("waveforms", "decoder_input_ids", "labels")
-        }
+        return {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+
+    def pin_memory(self) -> "Batch":
+        """The batch where a GPU copies from while the model computes; a DataLoader calls it."""
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in TENSORS})
 
 
 class Labeller:
@@ -199,6 +203,28 @@ class Collator:
         keys = [example.audio_key for example in good] or [""]
         lengths = [len(sequence.labels) for sequence in sequences]
         return Batch(stack(samples, self.window), inputs, labels, tokens, seconds, problems, keys, lengths)
+
+
+def joined(parts: list[Batch], padding: int) -> Batch:
+    """Parts of a batch as one, in their order; those that train nothing are left out, unless there is no other."""
+    problems = [problem for part in parts for problem in part.problems]
+    parts = [part for part in parts if part.tokens] or parts[:1]
+    length = max(part.labels.shape[1] for part in parts)
+
+    def together(name: str, value: int) -> torch.Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
+
+    return Batch(
+        torch.cat([part.waveforms for part in parts]),
+        together("decoder_input_ids", padding),
+        together("labels", IGNORED),
+        sum(part.tokens for part in parts),
+        sum(part.seconds for part in parts),
+        problems,
+        [key for part in parts for key in part.audio_keys],
+        [length for part in parts for length in part.lengths],
+    )
 
 
 def draws(seed: int, epoch: int, row_id: str) -> tuple[float, float]:

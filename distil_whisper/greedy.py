@@ -1,4 +1,4 @@
-"""Greedy search of whole batches: one pass, rules on tensors, finished rows removed.
+"""Greedy search of whole batches: one pass, caches allocated once, rules on tensors, finished rows removed.
 
 The tokens are those of transformers' `generate(force_unique_generate_call=True)`, without its work per row and step.
 """
@@ -6,7 +6,8 @@ The tokens are those of transformers' `generate(force_unique_generate_call=True)
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, WhisperForConditionalGeneration
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import WhisperForConditionalGeneration
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
 
@@ -28,49 +29,114 @@ class Rules:
     second, and where all timestamps together are likelier than any word, one of them it is.
     """
 
-    def __init__(self, generation_config, vocabulary: int, end: int, no_timestamps: int, timestamps: bool, device):
+    def __init__(self, generation_config, end: int, no_timestamps: int, timestamps: bool, device):
         self.end = end
         self.begin = no_timestamps + 1
         self.timestamps = timestamps
-        self.always = self._mask(generation_config.suppress_tokens, vocabulary, device)
-        self.at_first = self._mask(generation_config.begin_suppress_tokens, vocabulary, device) | self.always
-        if timestamps:
-            self.always[no_timestamps] = self.at_first[no_timestamps] = True
-            self.at_first[: self.begin] = True
-            last = getattr(generation_config, "max_initial_timestamp_index", None)
-            if last is not None:
-                self.at_first[self.begin + last + 1 :] = True
+        self.last_at_first = getattr(generation_config, "max_initial_timestamp_index", None)
+        always = set(generation_config.suppress_tokens or []) | ({no_timestamps} if timestamps else set())
+        at_first = always | set(generation_config.begin_suppress_tokens or [])
+        self.always, self.at_first = (
+            torch.tensor(sorted(tokens), dtype=torch.long, device=device) for tokens in (always, at_first)
+        )
 
-    def __call__(self, logits: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, vocabulary] with -inf for what may not follow the tokens so far [batch, length]."""
+    def choose(self, logits: torch.Tensor, history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest allowed token of each row behind the tokens so far [batch, length], and its log-probability.
+
+        logits [batch, vocabulary] are overwritten: those of tokens that may not follow become -inf.
+        """
         first = history.shape[1] == 0
-        scores = logits.masked_fill(self.at_first if first else self.always, -torch.inf)
+        suppressed = self.at_first if first else self.always
+        logits.index_fill_(1, suppressed[suppressed < logits.shape[1]], -torch.inf)
         if not self.timestamps:
-            return scores
-        if not first:
-            scores = self._in_pairs(scores, history)
-        words, times = scores[:, : self.begin], scores[:, self.begin :]
-        likelier = times.logsumexp(-1, keepdim=True) > words.amax(-1, keepdim=True)
-        return torch.cat([words.masked_fill(likelier, -torch.inf), times], -1)
+            best, chosen = logits.max(-1)
+            return chosen, best - logits.logsumexp(-1)
+        # Few passes over the vocabulary: words, what lies between them and the timestamps, and timestamps apart.
+        words, others, times = logits.split([self.end, self.begin - self.end, logits.shape[1] - self.begin], 1)
+        if first:
+            others.fill_(-torch.inf)
+            if self.last_at_first is not None:
+                times[:, self.last_at_first + 1 :] = -torch.inf
+            best, chosen = times.max(-1)
+            return chosen + self.begin, best - times.logsumexp(-1)
+        no_words = self._in_pairs(times, history)
+        parts = [[part.max(-1), part.logsumexp(-1)] for part in (words, others, times)]
+        best = torch.stack([found.values for found, _ in parts], 1)
+        total = torch.stack([total for _, total in parts], 1)
+        best[:, 0], total[:, 0] = (side[:, 0].masked_fill(no_words, -torch.inf) for side in (best, total))
+        likelier = total[:, 2] > best[:, :2].amax(1)  # all timestamps together than any word
+        for side in (best, total):
+            side[:, :2] = side[:, :2].masked_fill(likelier[:, None], -torch.inf)
+        value, which = best.max(1)
+        starts = torch.tensor([0, self.end, self.begin], device=logits.device)
+        tokens = torch.stack([found.indices for found, _ in parts], 1) + starts
+        return tokens.gather(1, which[:, None])[:, 0], value - total.logsumexp(1)
 
-    def _in_pairs(self, scores: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def _in_pairs(self, times: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """Forbid timestamps that may not follow; returns the rows in which no word may."""
         is_time = history >= self.begin
         last = is_time[:, -1]
         before = is_time[:, -2] if history.shape[1] > 1 else torch.ones_like(last)
         opened = last & ~before  # a segment was ended: only a timestamp or the end may follow
-        latest = torch.where(is_time, history, -1).amax(1)
-        earliest = torch.where(opened, latest, latest + 1).clamp(min=self.begin)
-        place = torch.arange(scores.shape[1], device=scores.device)
-        forbidden = (place >= self.begin) & (place < earliest[:, None])
-        forbidden |= (last & before)[:, None] & (place >= self.begin)
-        forbidden |= opened[:, None] & (place < self.end)
-        return scores.masked_fill(forbidden, -torch.inf)
+        latest = torch.where(is_time, history, self.begin - 1).amax(1) - self.begin
+        earliest = torch.where(opened, latest, latest + 1).clamp(min=0)
+        place = torch.arange(times.shape[1], device=times.device)
+        times.masked_fill_((place < earliest[:, None]) | (last & before)[:, None], -torch.inf)
+        return opened
 
-    @staticmethod
-    def _mask(tokens: list[int] | None, vocabulary: int, device) -> torch.Tensor:
-        mask = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        mask[[token for token in tokens or [] if token < vocabulary]] = True
-        return mask
+
+class DecoderSteps:
+    """Whisper's decoder, some tokens at a time: the last hidden states that transformers computes.
+
+    The keys and values of `encoded` [batch, positions, width] are computed once, those of at most `most` tokens go into
+    tensors that are allocated once.
+    """
+
+    def __init__(self, decoder, encoded: torch.Tensor, most: int):
+        self.decoder = decoder
+        self.length = 0
+        batch = len(encoded)
+        self.heard, self.said = [], []
+        for layer in decoder.layers:
+            attention = layer.encoder_attn
+            keys, values = attention.k_proj(encoded), attention.v_proj(encoded)
+            self.heard.append(tuple(_heads(states, attention).contiguous() for states in (keys, values)))
+            shape = (batch, attention.num_heads, most, attention.head_dim)
+            self.said.append(tuple(keys.new_zeros(shape) for _ in range(2)))  # of its type, which autocast decides
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, length, width] of the next tokens [batch, length]."""
+        decoder, begin, end = self.decoder, self.length, self.length + tokens.shape[1]
+        self.length = end
+        hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[begin:end]
+        for layer, heard, said in zip(decoder.layers, self.heard, self.said, strict=True):
+            states = layer.self_attn_layer_norm(hidden)
+            for cache, project in zip(said, (layer.self_attn.k_proj, layer.self_attn.v_proj), strict=True):
+                cache[:, :, begin:end] = _heads(project(states), layer.self_attn)
+            past = (cache[:, :, :end] for cache in said)
+            hidden = hidden + _attended(layer.self_attn, states, *past, causal=tokens.shape[1] > 1)
+            hidden = hidden + _attended(layer.encoder_attn, layer.encoder_attn_layer_norm(hidden), *heard)
+            states = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
+            hidden = hidden + layer.fc2(states)
+        return decoder.layer_norm(hidden)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Go on with these rows alone."""
+        self.heard, self.said = (
+            [tuple(states[rows] for states in of_layer) for of_layer in caches] for caches in (self.heard, self.said)
+        )
+
+
+def _heads(states: torch.Tensor, attention) -> torch.Tensor:
+    """[batch, length, width] as [batch, heads, length, width of a head]."""
+    return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+
+def _attended(attention, states: torch.Tensor, keys, values, causal: bool = False) -> torch.Tensor:
+    """What an attention layer adds. Only the first call, which has no past, has several tokens (causal)."""
+    queries = _heads(attention.q_proj(states) * attention.scaling, attention)
+    found = scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=1.0)
+    return attention.out_proj(found.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()
@@ -79,21 +145,18 @@ def greedy_search(
 ) -> Found:
     """Decode encoder states [batch, positions, width] behind a prefix, to the end token or at most `most` tokens."""
     rows = torch.arange(len(encoded), device=encoded.device)
-    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most - 1)
     inputs = torch.tensor([prefix], device=encoded.device).expand(len(encoded), -1)
     history = inputs[:, :0]
     tokens = torch.full((len(encoded), most), rules.end, device=encoded.device)
     logprobs = torch.zeros(len(encoded), most, device=encoded.device)
     first_logits = None
     for step in range(most):
-        hidden = model.model.decoder(
-            input_ids=inputs, encoder_hidden_states=encoded, cache=cache, use_cache=True
-        ).last_hidden_state
+        hidden = decode(inputs)
         if first_logits is None:
             first_logits = model.proj_out(hidden[:, 0]).float()
-        scores = rules(model.proj_out(hidden[:, -1]).float(), history)
-        best, chosen = scores.max(-1)
-        tokens[rows, step], logprobs[rows, step] = chosen, best - scores.logsumexp(-1)
+        chosen, logprob = rules.choose(model.proj_out(hidden[:, -1]).float(), history)
+        tokens[rows, step], logprobs[rows, step] = chosen, logprob
         running = chosen != rules.end
         inputs, history = chosen[:, None], torch.cat([history, chosen[:, None]], 1)
         left = int(running.sum())
@@ -101,8 +164,8 @@ def greedy_search(
             break
         if left < COMPACT_BELOW * len(rows):
             kept = running.nonzero().flatten()
-            rows, inputs, history, encoded = rows[kept], inputs[kept], history[kept], encoded[kept]
-            cache.batch_select_indices(kept)
+            rows, inputs, history = rows[kept], inputs[kept], history[kept]
+            decode.keep(kept)
     return _until_end(tokens, logprobs, first_logits, rules.end)
 
 

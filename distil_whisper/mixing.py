@@ -1,20 +1,19 @@
-"""The order in which training visits the rows of its datasets, map-style and streaming.
+"""The order in which training visits the rows of map-style datasets.
 
-Every order is a function of the seed and of how many batches were taken, so a resumed run goes on with the very next
-batch, and the rows of a global batch do not depend on the number of processes or workers.
+It is a function of the seed and of how many batches were taken, so a resumed run goes on with the very next batch, and
+the rows of a global batch do not depend on the number of processes or workers. streams.py is for streamed datasets.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from distil_whisper.errors import UserError
-from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns, Labeller
-from distil_whisper.filtering import RowFilter, is_kept
+from distil_whisper.examples import Example, ExampleMaker, LabelColumns, Labeller
+from distil_whisper.filtering import RowFilter
 from distil_whisper.reading import Source
 
 GROUPED_BATCHES = 50  # batches in which rows are sorted by length together
@@ -158,80 +157,7 @@ class MapExamples(Dataset):
         row = training_set.source.dataset[index]
         row_id = training_set.row_id(row, *training_set.source.locate(index))
         row = training_set.row_filter.trimmed(row)
-        return _example(self.maker, row, training_set.columns, row_id, epoch, counts)
-
-
-class StreamBatches(IterableDataset):
-    """Batches of a streamed mixture for one process, endlessly, from a batch number on.
-
-    Every process and every worker reads the rows in the same order and decodes only its own. Rows are shuffled in
-    blocks: a block is read, put in a random order and given out before the next one is read.
-    """
-
-    def __init__(
-        self,
-        sets: list[TrainingSet],
-        weights: list[float] | None,
-        maker: ExampleMaker,
-        collator: Collator,
-        share: Share,
-        seed: int,
-        block_size: int,
-        start: int = 0,
-    ):
-        self.sets = sets
-        self.weights = weights or [1.0] * len(sets)
-        self.maker = maker
-        self.collator = collator
-        self.share = share
-        self.seed = seed
-        self.block_size = block_size
-        self.start = start
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        global_batches = batched(self.rows(), self.share.batch_size * self.share.processes)
-        for number, rows in enumerate(global_batches):
-            if number < self.start or (number - self.start) % workers != mine:
-                continue
-            part, counts = self.share.of(list(rows))
-            yield self.collator(
-                [
-                    _example(self.maker, row, self.sets[dataset].columns, row_id, epoch, counts)
-                    for dataset, epoch, row_id, row in part
-                ]
-            )
-
-    def rows(self) -> Iterator[tuple[int, int, str, dict]]:
-        """(dataset, epoch of that dataset, row id, row) without end."""
-        streams = [self._rows_of(index) for index in range(len(self.sets))]
-        share = np.asarray(self.weights, float) / sum(self.weights)
-        draw = np.random.default_rng([self.seed, len(self.sets)])
-        while True:
-            yield next(streams[draw.choice(len(streams), p=share)])
-
-    def _rows_of(self, index: int) -> Iterator[tuple[int, int, str, dict]]:
-        for epoch in count():
-            draw = np.random.default_rng([self.seed, index, epoch])
-            seen = Counter()
-            for block in batched(
-                self._kept_rows(index, draw.permutation(len(self.sets[index].source.units)), seen), self.block_size
-            ):
-                for position in draw.permutation(len(block)):
-                    row_id, row = block[position]
-                    yield index, epoch, row_id, row
-            if not any(is_kept(reason) for reason in seen):
-                raise UserError(f"no row of {self.sets[index].source.label} is left after filtering: {dict(seen)}")
-
-    def _kept_rows(self, index: int, units, seen: Counter) -> Iterator[tuple[str, dict]]:
-        training_set = self.sets[index]
-        for unit in units:
-            for number, row in enumerate(training_set.source.rows(int(unit))):
-                reason = training_set.row_filter(row)
-                seen[reason] += 1
-                if is_kept(reason):
-                    yield training_set.row_id(row, int(unit), number), training_set.row_filter.trimmed(row)
+        return self.maker(row, training_set.columns, row_id, epoch) if counts else Example(row_id)
 
 
 def map_loader(sets: list[TrainingSet], batches: MapBatches, maker, collator, num_workers: int) -> DataLoader:
@@ -239,22 +165,14 @@ def map_loader(sets: list[TrainingSet], batches: MapBatches, maker, collator, nu
     return DataLoader(MapExamples(sets, maker), batch_sampler=batches, collate_fn=collator, **workers(num_workers))
 
 
-def stream_loader(batches: StreamBatches, num_workers: int) -> DataLoader:
-    """An endless DataLoader over a streamed mixture."""
-    return DataLoader(batches, batch_size=None, **workers(num_workers))
-
-
 def workers(num_workers: int) -> dict:
     """DataLoader arguments for that many workers."""
     # Spawned: a forked worker inherits locks of torch's and fsspec's threads, and can hang for ever.
-    return {"num_workers": num_workers, "multiprocessing_context": "spawn" if num_workers else None}
+    context = "spawn" if num_workers else None
+    return {"num_workers": num_workers, "multiprocessing_context": context, "pin_memory": torch.cuda.is_available()}
 
 
 def batched(rows: Iterator, size: int) -> Iterator[tuple]:
     """Runs of so many rows; the last may be shorter. (itertools.batched came with Python 3.12.)"""
     while batch := tuple(islice(rows, size)):
         yield batch
-
-
-def _example(maker: ExampleMaker, row: dict, columns: LabelColumns, row_id: str, epoch: int, counts: bool) -> Example:
-    return maker(row, columns, row_id, epoch) if counts else Example(row_id)

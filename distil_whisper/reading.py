@@ -85,18 +85,20 @@ class Source:
     def dataset(self) -> Dataset | None:
         return None if self.streaming else self._data
 
-    def rows(self, unit_index: int, columns: list[str] | None = None, start: int = 0) -> Iterator[dict]:
-        """The rows of one unit in order, from row start on; audio is {"bytes", "path"}, as it was stored.
+    def rows(self, unit_index: int, columns: list[str] | None = None, start: int = 0, step: int = 1) -> Iterator[dict]:
+        """The rows of one unit in order, every step-th from row start on; audio is {"bytes", "path"}, as stored.
 
         Raises UserError for a file that cannot be read.
         """
+        wanted = 0  # the next row, in the table that comes
         try:
             for table in self._tables(unit_index, columns or self.column_names, start):
-                for index in range(table.num_rows):
+                for index in range(wanted, table.num_rows, step):
                     row = table.slice(index, 1).to_pylist()[0]
                     if self.audio_column in row and row[self.audio_column] is None:
                         row[self.audio_column] = {"bytes": None, "path": None}
                     yield row
+                wanted = (wanted - table.num_rows) % step
         except _UNREADABLE as error:
             raise UserError(f"unit {unit_index} of {self.label} cannot be read: {_reason(error)}") from error
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from accelerate.utils import gather_object
+
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, keep_rows, table
@@ -12,15 +14,14 @@ from distil_whisper.mixing import (
     LabelLengths,
     MapBatches,
     Share,
-    StreamBatches,
     TrainingSet,
     map_loader,
-    stream_loader,
 )
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.normalisation import Normaliser, Normalisers, normaliser
 from distil_whisper.reading import Source, require_columns
 from distil_whisper.sources import SourceFlags, columns_of, first_row, open_sources
+from distil_whisper.streams import Places, StreamBatches, StreamMixture, StreamParts
 from distil_whisper.tokens import language_and_task
 from distil_whisper.validation import ValidationSet
 
@@ -148,22 +149,38 @@ class Mixture:
         self.args, self.sets, self.maker, self.collator, self.share = args, sets, maker, collator, share
         self.weights = sampling_weights(args, sets)
         self.order = EpochOrder([len(s.kept) for s in sets], self.weights, args.seed)
+        self._streamed: StreamBatches | None = None
 
     @property
     def batches_per_epoch(self) -> int | None:
         """Global batches in a pass over the data; None when streaming."""
         return None if self.args.streaming else MapBatches(self.order, self.share).per_epoch
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        """This process's batches, from a batch number on, without end."""
-        seed, block_size, workers = self.args.seed, self.args.shuffle_buffer_size, self.args.dataloader_num_workers
-        if not self.args.streaming:
-            grouping = self.args.group_by_length
-            lengths = LabelLengths(self.sets, self.maker.labeller, self.maker.audio_column) if grouping else None
-            batches = MapBatches(self.order, self.share, start, lengths)
-            return iter(map_loader(self.sets, batches, self.maker, self.collator, workers))
-        settings = (self.maker, self.collator, self.share, seed, block_size, start)
-        return iter(stream_loader(StreamBatches(self.sets, self.weights, *settings), workers))
+    def batches(self, start: int, kept: dict, say: Callable[[str], None]) -> Iterator[Batch]:
+        """This process's batches without end, from a batch number on; `kept` is what `to_keep` gave there."""
+        workers = self.args.dataloader_num_workers
+        if self.args.streaming:
+            mixture = self._stream_mixture()
+            parts = StreamParts(mixture, self.maker, self.collator, self.share, start, mixture.resumed(kept, say))
+            self._streamed = StreamBatches(parts, workers, self.collator.padding)
+            return self._streamed
+        grouping = self.args.group_by_length
+        lengths = LabelLengths(self.sets, self.maker.labeller, self.maker.audio_column) if grouping else None
+        batches = MapBatches(self.order, self.share, start, lengths)
+        return iter(map_loader(self.sets, batches, self.maker, self.collator, workers))
+
+    def to_keep(self) -> dict:
+        """What it takes to go on behind the last batch, beside its number. Every process must call it."""
+        if self._streamed is None:
+            return {}
+        places: Places = {}
+        for of_process in gather_object([self._streamed.places]):
+            places |= of_process
+        return self._stream_mixture().to_keep(places)
+
+    def _stream_mixture(self) -> StreamMixture:
+        args, size = self.args, self.share.batch_size * self.share.processes
+        return StreamMixture(self.sets, self.weights, args.seed, args.shuffle_buffer_size, size)
 
 
 def sampling_weights(args, sets: list[TrainingSet]) -> list[float] | None:

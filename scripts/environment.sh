@@ -1,5 +1,7 @@
 # Sourced by the other scripts: makes .venv in the repository, with what requirements.txt lists, and works from there.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec 9> .venv.lock
+if command -v flock > /dev/null; then flock 9; fi  # two of the scripts at once: the second waits until all is installed
 if [ ! -x .venv/bin/python ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 1; }
     echo "making .venv"
@@ -12,3 +14,4 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > .venv/installed
 fi
 PATH="$PWD/.venv/bin:$PATH"
+exec 9>&-

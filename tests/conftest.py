@@ -21,7 +21,7 @@ import soxr
 import toy_whisper
 from speech import SAMPLING_RATE, speak
 
-pytest_plugins = ["stages"]
+pytest_plugins = ["stages", "mixtures"]
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 REAL_TOKENIZER = ROOT.parent / "shared" / "whisper-tokenizer"
@@ -47,7 +47,7 @@ class Utterance:
 def make_utterances(count: int, seed: int = 0, words: int = 3) -> list[Utterance]:
     """Random words by three voices, in runs of four utterances a voice."""
     draw = np.random.default_rng(seed)
-    voices = ["en-us", "en-gb-scotland", "en-us+f2"]
+    voices = ["en-us", "en-gb-scotland", "en-us+f1"]
     result = []
     for index in range(count):
         voice = voices[(index // 4) % len(voices)]

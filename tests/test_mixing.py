@@ -3,91 +3,15 @@
 import pickle
 from collections import Counter
 from itertools import chain, islice
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import make_utterances
-from datasets import Dataset, Features, List, Value
+from mixtures import SEED, identity
 
 from distil_whisper import mixing
-from distil_whisper.errors import UserError
-from distil_whisper.examples import ExampleMaker, LabelColumns, Labeller, LabelSettings
-from distil_whisper.filtering import FilterSettings, RowFilter
-from distil_whisper.mixing import (
-    EpochOrder,
-    LabelLengths,
-    MapBatches,
-    MapExamples,
-    Share,
-    StreamBatches,
-    TrainingSet,
-    map_loader,
-    stream_loader,
-)
-from distil_whisper.models import load_whisper
-from distil_whisper.normalisation import Normalisers
-from distil_whisper.reading import open_source
+from distil_whisper.mixing import EpochOrder, LabelLengths, MapBatches, MapExamples, Share, map_loader
 
-ROWS = {"first": 11, "second": 6}
-SEED, SIZE = 7, 2
-TEXT = Value("string")
-FEATURES = Features(
-    {
-        "audio": {"bytes": Value("binary"), "path": TEXT},
-        "whisper_transcript": TEXT,
-        "condition_on_prev": List(Value("int32")),
-        "row_id": TEXT,
-        "text": TEXT,
-    }
-)
-
-
-@pytest.fixture(scope="module")
-def whisper(toy_teacher):
-    return load_whisper(str(toy_teacher), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two labelled datasets, the first in three files; its row 4 is too long, and the second's rows have ids."""
-    root = tmp_path_factory.mktemp("labelled")
-    for name, count in ROWS.items():
-        rows = [
-            {
-                "audio": {"bytes": u.encoded(), "path": None},
-                "whisper_transcript": f"<|0.00|> {u.text}<|1.00|>" if (name, i) != ("first", 4) else "",
-                "condition_on_prev": [1, 2, 3],
-                "row_id": f"labelled/{i}" if name == "second" else None,
-                "text": u.text,
-            }
-            for i, u in enumerate(make_utterances(count, seed=count))
-        ]
-        for index, part in enumerate(np.array_split(np.arange(count), 3 if name == "first" else 1)):
-            (root / name).mkdir(exist_ok=True)
-            table = Dataset.from_list([rows[i] for i in part], features=FEATURES)
-            table.to_parquet(root / name / f"train-{index:05d}-of-00003.parquet")
-    return root
-
-
-@pytest.fixture(scope="module")
-def make_sets(folders, whisper, tmp_path_factory):
-    """The training sets of the folders, map-style or streamed."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    labeller = Labeller(whisper.grammar, LabelSettings(0.5, 0.5, SEED))
-    columns = LabelColumns("text", True, "hi", "transcribe")
-    rules = Normalisers(None, whisper.tokenizer)
-
-    def make(streaming, names=tuple(ROWS), wer_threshold=None):
-        row_filter = RowFilter(labeller, columns, rules, FilterSettings(wer_threshold, None, 4.0))
-        sets = []
-        for name in names:
-            source = open_source(str(folders / name), streaming=streaming, cache_dir=cache)
-            kept = np.array([i for i in range(ROWS[name]) if (name, i) != ("first", 4)])
-            sets.append(TrainingSet(source, columns, row_filter, kept))
-        return sets, ExampleMaker(labeller, whisper.window, "audio")
-
-    return make
+SIZE = 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
@@ -144,12 +68,6 @@ def test_map_batches_of_all_processes_are_the_global_batches(weights, start, pro
     assert MapBatches(order, Share(0, processes, size)).per_epoch == 5
 
 
-def identity(example):
-    """What must be equal wherever and whenever an example is made."""
-    sequence = example.sequence and (tuple(example.sequence.decoder_input_ids), tuple(example.sequence.labels))
-    return example.row_id, sequence, None if example.samples is None else example.samples.tobytes()
-
-
 def taken(loader, count):
     return [[identity(example) for example in batch] for batch in islice(loader, count)]
 
@@ -161,33 +79,19 @@ def map_examples(make_sets, share, start=0, workers=0, count=12):
     return taken(map_loader(sets, MapBatches(order, share, start), maker, list, workers), count)
 
 
-def streamed(make_sets, share, start=0, weights=None, block_size=4, names=tuple(ROWS), **filters):
-    sets, maker = make_sets(True, names, **filters)
-    return StreamBatches(sets, weights, maker, list, share, SEED, block_size, start)
-
-
-def stream_examples(make_sets, share, start=0, workers=0, count=12):
-    return taken(stream_loader(streamed(make_sets, share, start), workers), count)
-
-
-@pytest.mark.parametrize("examples", [map_examples, stream_examples])
-def test_two_processes_train_on_the_rows_of_one(make_sets, examples):
-    whole = examples(make_sets, Share(0, 1, 2 * SIZE))
-    halves = [examples(make_sets, Share(rank, 2, SIZE)) for rank in range(2)]
+def test_two_processes_train_on_the_rows_of_one(make_sets):
+    whole = map_examples(make_sets, Share(0, 1, 2 * SIZE))
+    halves = [map_examples(make_sets, Share(rank, 2, SIZE)) for rank in range(2)]
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
     assert len({row for batch in whole for row, *_ in batch}) == 16
 
 
-@pytest.mark.parametrize("examples", [map_examples, stream_examples])
-def test_a_resumed_run_goes_on_with_the_next_batch(make_sets, examples):
-    unbroken = examples(make_sets, Share(1, 2, SIZE), count=12)
-    assert examples(make_sets, Share(1, 2, SIZE), start=5, count=7) == unbroken[5:]
+def test_a_resumed_run_goes_on_with_the_next_batch(make_sets):
+    unbroken = map_examples(make_sets, Share(1, 2, SIZE), count=12)
+    assert map_examples(make_sets, Share(1, 2, SIZE), start=5, count=7) == unbroken[5:]
 
 
-def test_two_workers_change_nothing(make_sets):
-    """Of a stream in processes of their own; of map-style rows, whose order is not theirs, what a worker is given."""
-    unbroken = stream_examples(make_sets, Share(1, 2, SIZE), count=8)
-    assert stream_examples(make_sets, Share(1, 2, SIZE), start=3, workers=2, count=5) == unbroken[3:]
+def test_a_worker_makes_the_same_example(make_sets):
     sets, maker = make_sets(False)
     loader = map_loader(sets, MapBatches(EpochOrder([4], None, SEED), Share(0, 1, 2)), maker, list, 2)
     assert loader.multiprocessing_context.get_start_method() == "spawn"
@@ -195,72 +99,10 @@ def test_two_workers_change_nothing(make_sets):
     assert identity(sent[1, 0, 3, True]) == identity(loader.dataset[1, 0, 3, True])
 
 
-@pytest.mark.parametrize("workers, start", [(2, 0), (2, 1), (3, 2), (2, 5)])
-def test_streaming_workers_share_the_batches_in_turn(make_sets, monkeypatch, workers, start):
-    unbroken = stream_examples(make_sets, Share(0, 1, SIZE))
-    found = []
-    for worker in range(workers):
-        monkeypatch.setattr(mixing, "get_worker_info", lambda w=worker: SimpleNamespace(num_workers=workers, id=w))
-        found.append(taken(streamed(make_sets, Share(0, 1, SIZE), start), 4))
-    in_turn = [batch for batches in zip(*found, strict=True) for batch in batches]
-    assert in_turn[: 12 - start] == unbroken[start : start + len(in_turn)][: 12 - start]
-
-
-def test_an_example_depends_on_epoch_and_row_alone(make_sets):
-    """Whatever the order: map-style and streamed rows with the same id have the same sequence in the same epoch."""
-    sets, maker = make_sets(False)
-    by_epoch = [
-        {
-            example.row_id: identity(example)
-            for dataset in range(2)
-            for example in (MapExamples(sets, maker)[epoch, dataset, i, True] for i in range(len(sets[dataset].kept)))
-        }
-        for epoch in range(3)
-    ]
-    assert by_epoch[0].keys() == by_epoch[1].keys() and len(by_epoch[0]) == 16
-    assert by_epoch[0] != by_epoch[1] != by_epoch[2]
-    assert {"labelled/0", "first/default/train/00001-00000001"} <= by_epoch[0].keys()
-    stream = streamed(make_sets, Share(0, 1, SIZE))
-    made = [example for batch in islice(stream, 30) for example in batch]
-    epochs = set()
-    for example, (_, epoch, row_id, _) in zip(made, stream.rows(), strict=False):
-        if epoch < 3:
-            assert identity(example) == by_epoch[epoch][row_id]
-            epochs.add(epoch)
-    assert epochs == {0, 1, 2}
-
-
 def test_a_row_that_stands_in_for_none_is_not_trained_on(make_sets):
     sets, maker = make_sets(False)
     example = MapExamples(sets, maker)[0, 0, 0, False]
     assert example.sequence is None and example.problem is None
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_streamed_rows_come_once_an_epoch_in_a_new_order_each_time(make_sets, name):
-    usable = ROWS[name] - (name == "first")
-    rows = [
-        (epoch, row_id)
-        for _, epoch, row_id, _ in islice(streamed(make_sets, Share(0, 1, 2), names=[name]).rows(), 3 * usable)
-    ]
-    epochs = [[row_id for epoch, row_id in rows if epoch == number] for number in range(3)]
-    assert [len(set(epoch)) for epoch in epochs] == [usable] * 3
-    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert "first/default/train/00001-00000000" not in epochs[0]  # the row whose label is empty
-
-
-def test_streamed_datasets_are_mixed_equally_or_by_weight(make_sets):
-    for weights, share in [(None, 0.5), ([9.0, 1.0], 0.9)]:
-        stream = streamed(make_sets, Share(0, 1, 2), weights=weights)
-        drawn = Counter(dataset for dataset, *_ in islice(stream.rows(), 150))
-        assert drawn[0] / 150 == pytest.approx(share, abs=0.15)
-
-
-def test_a_stream_of_which_no_row_is_left_ends_with_the_reasons(make_sets):
-    stream = streamed(make_sets, Share(0, 1, 2), names=["first"], wer_threshold=-1.0)
-    with pytest.raises(UserError, match=r"no row of first/default/train is left .*wer_threshold': 10"):
-        next(stream.rows())
 
 
 def test_rows_of_like_length_share_a_batch(make_sets, monkeypatch):

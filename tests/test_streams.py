@@ -1,0 +1,250 @@
+"""Streamed training: the same batches for any number of processes and workers, and from any point on."""
+
+import json
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mixtures import ROWS, SEED, identity
+
+from distil_whisper import streams
+from distil_whisper.errors import UserError
+from distil_whisper.examples import Collator, joined
+from distil_whisper.mixing import MapExamples, Share
+from distil_whisper.reading import Source
+from distil_whisper.streams import Lane, StreamBatches, StreamMixture, StreamParts, lanes_of, shares_of_lanes
+
+BLOCK = 12  # rows that are shuffled together, over all lanes
+
+
+@pytest.fixture
+def mixture(make_sets):
+    """A streamed mixture with global batches of so many rows, and its ExampleMaker."""
+
+    def make(batch=4, weights=None, block_size=BLOCK, names=tuple(ROWS), **filters):
+        sets, maker = make_sets(True, names, **filters)
+        return StreamMixture(sets, weights, SEED, block_size, batch), maker
+
+    return make
+
+
+def of_lanes(mixture, batches, start=0, places=None):
+    """The rows of whole batches, and the lanes that gave them."""
+    lanes = [Lane(mixture, number, (places or {}).get(number)) for number in range(mixture.lanes)]
+    rows = [[row for lane in lanes for row in lane.take(batch)] for batch in range(start, start + batches)]
+    return rows, {lane.number: lane.places for lane in lanes}
+
+
+def names(rows):
+    return [[(row.dataset, row.epoch, row.row_id) for row in batch] for batch in rows]
+
+
+@pytest.mark.parametrize(
+    ("batch", "lanes"), [(1, 1), (4, 4), (7, 7), (8, 8), (24, 8), (64, 8), (100, 10), (512, 64), (4096, 512)]
+)
+def test_a_batch_is_drawn_from_lanes_that_divide_it(batch, lanes):
+    assert lanes_of(batch) == lanes
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6])
+def test_the_lanes_are_dealt_to_the_processes(mixture, processes):
+    of, _ = mixture(24)
+    shares = [shares_of_lanes(of, Share(rank, processes, 24 // processes)) for rank in range(processes)]
+    taken = [(lane, row) for share in shares for lane, (first, last) in share.items() for row in range(first, last)]
+    assert taken == [(lane, row) for lane in range(of.lanes) for row in range(of.rows_of_lane)]
+    if of.lanes % processes == 0:  # else a lane lies across two processes, and both read it
+        assert sum(len(share) for share in shares) == of.lanes
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("batch", [2, 4, 6])
+def test_rows_come_once_an_epoch_in_a_new_order_each_time(mixture, name, batch):
+    """The lanes end an epoch at most a part apart, whether there are more files than lanes or fewer."""
+    of, _ = mixture(batch, names=[name])
+    usable = ROWS[name] - (name == "first")
+    rows = [row for of_batch in names(of_lanes(of, 6 * usable)[0]) for row in of_batch]
+    epochs = [[row_id for _, epoch, row_id in rows if epoch == number] for number in range(3)]
+    assert [len(epoch) for epoch in epochs] == [len(set(epoch)) for epoch in epochs] == [usable] * 3
+    assert set(epochs[0]) == set(epochs[1]) == set(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert "first/default/train/00001-00000000" not in epochs[0]  # the row whose label is empty
+
+
+def test_datasets_are_mixed_equally_or_by_weight(mixture):
+    for weights, share in [(None, 0.5), ([9.0, 1.0], 0.9)]:
+        rows, _ = of_lanes(mixture(4, weights)[0], 50)
+        drawn = Counter(row.dataset for batch in rows for row in batch)
+        assert drawn[0] / 200 == pytest.approx(share, abs=0.12)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6])
+@pytest.mark.parametrize("start", [1, 2, 5, 11, 30])
+def test_a_resumed_stream_goes_on_with_the_next_batch(mixture, batch, start):
+    of, _ = mixture(batch)
+    unbroken, _ = of_lanes(of, 40)
+    _, places = of_lanes(of, start)
+    kept = json.loads(json.dumps(of.to_keep(places)))
+    resumed, _ = of_lanes(of, 40 - start, start, of.resumed(kept, pytest.fail))
+    assert names(resumed) == names(unbroken)[start:]
+
+
+def test_a_resumed_stream_reads_no_file_again_but_those_it_stands_in(mixture, monkeypatch):
+    of, _ = mixture(2, names=["first"])
+    opened, read = [], Source.rows
+    monkeypatch.setattr(Source, "rows", lambda self, unit, *rest: opened.append(unit) or read(self, unit, *rest))
+    _, places = of_lanes(of, 40)
+    assert len(opened) > 12
+    opened.clear()
+    of_lanes(of, 1, 40, places)
+    assert len(opened) <= 2 * of.lanes  # where each stands, and the next one if that was at its end
+
+
+def test_another_size_of_batch_goes_on_near_where_the_stream_was(mixture):
+    of, _ = mixture(2, names=["first"])
+    _, places = of_lanes(of, 17)  # of five an epoch
+    said = []
+    other, _ = mixture(6, names=["first"])
+    rows, _ = of_lanes(other, 1, 17, other.resumed(of.to_keep(places), said.append))
+    assert len(said) == 1 and "another size" in said[0]
+    assert {row.epoch for row in rows[0]} <= {3, 4}
+    assert other.resumed(None, said.append) == other.resumed({}, said.append) == {}
+
+
+def parts_of(make, share, workers, monkeypatch, start=0, places=None):
+    """What each of the workers of a process gives to a batch, in turn."""
+    iterators = []
+    for worker in range(workers):
+        monkeypatch.setattr(streams, "get_worker_info", lambda w=worker: SimpleNamespace(num_workers=workers, id=w))
+        of, maker = make(12)
+        iterators.append(iter(StreamParts(of, maker, list, share, start, places)))
+        first = next(iterators[-1])  # reads who it is
+        iterators[-1] = (first, iterators[-1])
+    while True:
+        yield [first for first, _ in iterators]
+        iterators = [(next(rest), rest) for _, rest in iterators]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_and_workers_share_a_batch_and_read_nothing_twice(mixture, monkeypatch, processes, workers):
+    of, maker = mixture(12)
+    whole = [
+        [identity(maker(r.row, of.sets[r.dataset].columns, r.row_id, r.epoch)) for r in batch]
+        for batch in of_lanes(of, 4)[0]
+    ]
+    read = []
+    take = Lane.take
+    monkeypatch.setattr(Lane, "take", lambda self, batch: read.append((self.number, batch)) or take(self, batch))
+    found = [
+        list(islice(parts_of(mixture, Share(rank, processes, 12 // processes), workers, monkeypatch), 4))
+        for rank in range(processes)
+    ]
+    batches = [
+        [identity(example) for of_rank in found for part, _ in of_rank[batch] for example in part]
+        for batch in range(4)
+    ]
+    assert batches == whole
+    assert len(read) == len(set(read)) and {lane for lane, _ in read} == set(range(of.lanes))
+    places = {lane: at for of_rank in found for _, of_part in of_rank[3] for lane, at in of_part.items()}
+    assert places == of_lanes(of, 4)[1]
+
+
+def test_two_workers_change_nothing(mixture, whisper):
+    """In processes of their own; tensors and the places that a checkpoint keeps."""
+    collator = Collator(whisper.window, whisper.grammar.end)
+    taken = []
+    for workers in (0, 2):
+        of, maker = mixture(8)
+        batches = StreamBatches(StreamParts(of, maker, collator, Share(1, 2, 4)), workers, collator.padding)
+        taken.append((list(islice(batches, 3)), batches.places))
+    (alone, places), (shared, places_shared) = taken
+    assert places == places_shared and len(places) == 4
+    for one, other in zip(alone, shared, strict=True):
+        assert one.waveforms.equal(other.waveforms) and one.labels.equal(other.labels)
+        assert one.decoder_input_ids.equal(other.decoder_input_ids)
+        assert (one.tokens, one.seconds, one.lengths) == (other.tokens, pytest.approx(other.seconds), other.lengths)
+
+
+def test_there_are_no_more_workers_than_lanes(mixture):
+    of, maker = mixture(4)
+    batches = StreamBatches(StreamParts(of, maker, list, Share(1, 2, 2)), 5, 0)
+    assert batches._workers == 2
+
+
+def test_parts_are_joined_as_one_batch(make_sets, whisper):
+    sets, maker = make_sets(False)
+    examples = [MapExamples(sets, maker)[0, 0, row, True] for row in range(5)]
+    collator = Collator(whisper.window, whisper.grammar.end)
+    useless = collator([MapExamples(sets, maker)[0, 0, 0, False]])
+    whole, parts = collator(examples), [collator(examples[:2]), useless, collator(examples[2:])]
+    together = joined(parts, collator.padding)
+    for name in ("waveforms", "decoder_input_ids", "labels"):
+        assert getattr(together, name).equal(getattr(whole, name)), name
+    assert (together.tokens, together.lengths, together.audio_keys) == (whole.tokens, whole.lengths, whole.audio_keys)
+    assert joined([useless, useless], collator.padding).labels.shape == useless.labels.shape
+
+
+def test_an_example_depends_on_epoch_and_row_alone(mixture, make_sets):
+    """Whatever the order: map-style and streamed rows with the same id have the same sequence in the same epoch."""
+    sets, map_maker = make_sets(False)
+    by_epoch = [
+        {
+            example.row_id: identity(example)
+            for dataset in range(2)
+            for example in (
+                MapExamples(sets, map_maker)[epoch, dataset, i, True] for i in range(len(sets[dataset].kept))
+            )
+        }
+        for epoch in range(3)
+    ]
+    assert by_epoch[0].keys() == by_epoch[1].keys() and len(by_epoch[0]) == 16
+    assert by_epoch[0] != by_epoch[1] != by_epoch[2]
+    assert {"labelled/0", "first/default/train/00001-00000001"} <= by_epoch[0].keys()
+    of, maker = mixture(4)
+    epochs = set()
+    for row in (row for batch in of_lanes(of, 15)[0] for row in batch):
+        if row.epoch < 3:
+            example = maker(row.row, of.sets[row.dataset].columns, row.row_id, row.epoch)
+            assert identity(example) == by_epoch[row.epoch][row.row_id]
+            epochs.add(row.epoch)
+    assert epochs == {0, 1, 2}
+
+
+def test_a_stream_of_which_no_row_is_left_ends_with_the_reasons(mixture):
+    of, _ = mixture(2, names=["first"], wer_threshold=-1.0)
+    with pytest.raises(UserError, match=r"no row of first/default/train is left .*wer_threshold': 10"):
+        of_lanes(of, 1)
+
+
+def test_a_lane_waits_for_the_few_rows_that_are_left(mixture, make_sets):
+    """A lane may find nothing for an epoch or more where other lanes do."""
+    of, _ = mixture(6, names=["first"])
+    kept = of.sets[0].row_filter
+    rows = [r for batch in of_lanes(of, 6)[0] for r in batch]
+    only = rows[0].row["text"], rows[0].row["audio"]["bytes"]
+    of.sets[0].row_filter = OnlyRow(kept, only)
+    lane = Lane(of, 0)
+    assert [row.row_id for batch in range(3) for row in lane.take(batch)] == [rows[0].row_id] * 3
+
+
+class OnlyRow:
+    """A filter that leaves one row."""
+
+    def __init__(self, inner, only):
+        self.trimmed, self.only = inner.trimmed, only
+
+    def __call__(self, row):
+        audio = row.get("audio")
+        return "kept" if row["text"] == self.only[0] and (audio is None or audio["bytes"] == self.only[1]) else "left"
+
+
+def test_every_other_row_of_a_unit(make_sets):
+    for streaming in (False, True):
+        (source, *_), _ = make_sets(streaming)
+        whole = [row["text"] for row in source.source.rows(0)]
+        assert len(whole) == 4
+        for start, step in np.ndindex(4, 5):
+            found = [row["text"] for row in source.source.rows(0, None, start, step + 1)]
+            assert found == whole[start :: step + 1]
