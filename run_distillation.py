@@ -102,7 +102,9 @@ class Arguments(ModelFields, DataFields, RunFields):
     normalizer: str | None = option(
         None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
     )
-    shuffle_buffer_size: int = option(1000, "Rows that are shuffled together in streaming mode.")
+    shuffle_buffer_size: int = option(
+        1000, "Rows that are held to be shuffled in streaming mode, by all processes together."
+    )
 
     do_train: bool = option(False, "Train.")
     do_eval: bool = option(False, "Evaluate every --eval_steps and at the end.")

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from distil_whisper.audio import LogMel
 from distil_whisper.errors import UserError
 from distil_whisper.greedy import Rules, greedy_search
-from distil_whisper.models import LoadedWhisper
+from distil_whisper.models import LoadedWhisper, encoder_states
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
 # generation config together with two of its fields, and fills in a max_length beside our max_new_tokens
@@ -71,7 +71,7 @@ class Decoder:
         """
         prefix = self.grammar.prefix(language, task, self.return_timestamps)
         features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
-        encoded = self.model.get_encoder()(features).last_hidden_state
+        encoded = encoder_states(self.model.get_encoder(), features)
         if self.num_beams == 1:
             return self._greedy(encoded, prefix)
         return self._beams(encoded, prefix, language, task)

@@ -7,6 +7,7 @@ from transformers import WhisperForConditionalGeneration
 from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment
 from distil_whisper.losses import LossWeights, distillation_loss
+from distil_whisper.models import encoder_states
 from distil_whisper.tokens import IGNORED
 
 
@@ -92,11 +93,11 @@ class Distiller(nn.Module):
         teacher_states = None
         if self.teacher is not None:
             with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-                teacher_states = self.teacher.model.encoder(features.to(self.teacher.dtype)).last_hidden_state
+                teacher_states = encoder_states(self.teacher.model.encoder, features.to(self.teacher.dtype))
         if self.shares_encoder:
             return teacher_states, teacher_states
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            return self.student.model.encoder(features).last_hidden_state, teacher_states
+            return encoder_states(self.student.model.encoder, features), teacher_states
 
     def teacher_decoder(self, decoder_input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The teacher's last decoder states [batch, length, width], in its own dtype."""

@@ -88,8 +88,8 @@ class Rules:
 class DecoderSteps:
     """Whisper's decoder, some tokens at a time: the last hidden states that transformers computes.
 
-    The keys and values of `encoded` [batch, positions, width] are computed once, those of at most `most` tokens go into
-    tensors that are allocated once.
+    Keys and values of `encoded` [batch, positions, width] are computed once; those of the tokens, at most `most`, go
+    into tensors that are allocated once.
     """
 
     def __init__(self, decoder, encoded: torch.Tensor, most: int):

@@ -81,6 +81,16 @@ def load_whisper(
     return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
 
 
+def encoder_states(encoder: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """The last hidden states [batch, positions, width] of log-mel windows [batch, mels, frames].
+
+    On a CPU, without gradients, one window at a time: what a layer hands to the next then stays in the cache.
+    """
+    alone = features.device.type == "cpu" and not torch.is_grad_enabled()
+    parts = features.split(1) if alone else [features]
+    return torch.cat([encoder(part).last_hidden_state for part in parts])
+
+
 def is_multilingual(model: WhisperForConditionalGeneration, tokenizer: WhisperTokenizer) -> bool:
     """Whether a model takes a language and a task token: by its generation config, else by its vocabulary."""
     generation_config = model.generation_config

@@ -36,7 +36,7 @@ class Report:
         self.predictions: list[dict] = []
         self.repo = _repository(args) if args.push_to_hub and accelerator.is_main_process else None
         folder.claim(self.results_file, self.predictions_file)
-        # another stage's metrics in the same folder stay: every line that is there is kept
+        # earlier evaluations in the same folder stay in its metrics
         self.trackers = Trackers(
             accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args), resume_step=sys.maxsize
         )

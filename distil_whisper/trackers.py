@@ -40,7 +40,8 @@ def resolve_report_to(report_to: list[str]) -> list[str] | None:
 class Trackers:
     """One run's metrics, from the main process: a line of metrics.jsonl and a call of each tracker for every log.
 
-    resume_step: a resumed run goes on after that step, so lines of metrics.jsonl beyond it are dropped.
+    resume_step: a resumed run goes on after that step, so its lines of metrics.jsonl beyond it are dropped; a run from
+    the start (None) drops all of its stage. Lines of other stages in the same folder stay.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Trackers:
             return
         made = [FOLDERS[str(tracker)] for tracker in accelerator.log_with if str(tracker) in FOLDERS]
         folder.claim(METRICS_FILE, *made, shared=True)
-        _keep_lines_until(self.path, resume_step)
+        self.stage = folder.stage
+        _keep_lines_until(self.path, self.stage, resume_step)
         if accelerator.log_with:
             flat = {
                 key: value if isinstance(value, (int, float, str, bool)) else str(value)
@@ -72,7 +74,7 @@ class Trackers:
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         self.accelerator.log(values, step=step)
 
     def log_table(self, name: str, columns: list[str], rows: list[list], step: int) -> None:
@@ -91,11 +93,12 @@ def project_configuration(output_dir: str) -> ProjectConfiguration:
     return ProjectConfiguration(project_dir=output_dir, logging_dir=str(Path(output_dir) / FOLDERS["tensorboard"]))
 
 
-def _keep_lines_until(path: Path, step: int | None) -> None:
-    """Start the metrics file, or go on with the lines of a run up to the step that it resumes from."""
-    lines = path.read_text(encoding="utf-8").splitlines() if step is not None and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+def _keep_lines_until(path: Path, stage: str, step: int | None) -> None:
+    """Start a stage's lines of the metrics file, or go on with those of a run up to the step that it resumes from."""
+    written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [json.loads(line) for line in written if line.endswith("}")]  # a killed run may leave half a line
+    kept = [line for line in lines if line.get("stage") != stage or (step is not None and line["step"] <= step)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def _wandb_is_configured() -> bool:

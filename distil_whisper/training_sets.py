@@ -53,10 +53,10 @@ def transcript_normaliser(args, student: LoadedWhisper, columns: LabelColumns) -
     return normaliser(args.normalizer, language, student.tokenizer)
 
 
-def filter_settings(args, student: LoadedWhisper, sources: list[Source]) -> FilterSettings:
-    """What the flags leave out. Raises UserError for a limit on a figure that a dataset does not hold."""
+def filter_settings(args, student: LoadedWhisper, labelled: list[Source]) -> FilterSettings:
+    """What the flags leave out. Raises UserError for a limit on a figure that a dataset of pseudo-labels lacks."""
     limits = {name: getattr(args, name) for name in [*LIMITS, "drop_language_mismatch"]}
-    for source in sources:
+    for source in labelled:
         for name, column in NEEDED_COLUMNS.items():
             if limits[name] not in (None, False) and column not in source.column_names:
                 raise UserError(
@@ -111,9 +111,11 @@ def open_training_sets(
     """The training datasets with their filters. Of map-style ones the rows are filtered now, and a table says why rows
     were left out; streamed ones are filtered as they come. Raises UserError where no row is left."""
     sources = open_sources(args, "train")
-    settings, normalisers = filter_settings(args, student, sources), Normalisers(args.normalizer, student.tokenizer)
+    normalisers, labels_of = Normalisers(args.normalizer, student.tokenizer), label_columns(args, student, sources)
+    labelled = [source for source, columns in zip(sources, labels_of, strict=True) if columns.pseudo]
+    settings = filter_settings(args, student, labelled)
     sets, counts = [], []
-    for source, columns in zip(sources, label_columns(args, student, sources), strict=True):
+    for source, columns in zip(sources, labels_of, strict=True):
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
         say(f"{source.label}: training on the {labels}")
         row_filter = RowFilter(labeller, columns, normalisers, settings)

@@ -52,9 +52,9 @@ def train_few(student, data, output, *flags) -> Path:
 
 
 def metrics(folder, *names: str) -> list[dict]:
-    """The lines of metrics.jsonl that hold all of these names, without timings."""
+    """The lines of metrics.jsonl that hold all of these names, without timings and the stage."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in line.items() if not k.endswith(TIMINGS)} for line in lines]
+    timeless = [{k: v for k, v in line.items() if k != "stage" and not k.endswith(TIMINGS)} for line in lines]
     return [line for line in timeless if all(name in line for name in names)]
 
 

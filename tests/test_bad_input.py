@@ -172,6 +172,16 @@ def test_mistakes_of_training_are_one_sentence(flags, sentence, student, labelle
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
+def test_a_limit_needs_its_column_in_pseudo_labels_alone(
+    student, labelled, foreign_labels, speech_folder, tmp_path, capsys
+):
+    limit = [*SFT, "--min_avg_logprob", -100]
+    with pytest.raises(UserError, match=r"--min_avg_logprob needs the column avg_logprob, which .* lacks; label it"):
+        train_few(student, foreign_labels, tmp_path / "foreign", *limit)
+    train_few(student, f"{labelled}+{speech_folder}", tmp_path / "mixed", *limit)
+    assert "speech0/default/train: training on the transcripts in text" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
