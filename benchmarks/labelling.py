@@ -31,12 +31,14 @@ from distil_whisper.meters import peak_memory
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import normaliser
+from distil_whisper.packing import Utterance, pack
 from distil_whisper.reading import open_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import toy_whisper
 
 VARIANTS = ("reference", "engine", "engine_bfloat16", "ctranslate2")
+CLIPS = ("reference_clips", "engine_packed")
 TOLD = ("en", "transcribe")
 PREFIX = 3  # <|startoftranscript|>, language, task
 
@@ -63,15 +65,25 @@ def save_teacher(folder: Path, size: str, label_tokens: int) -> None:
 
 
 def windows(args, whisper: LoadedWhisper) -> tuple[list[np.ndarray], list[str | None]]:
-    """Audio of the benchmark and its transcripts: that of a dataset, or noise as long as the window."""
-    count = args.batches * args.batch_size
+    """Audio of the benchmark and its transcripts: that of a dataset, or noise as long as the window or as a clip."""
+    count, draw = args.batches * args.batch_size, np.random.default_rng(1)
+    if args.variant in CLIPS:
+        noise = draw.standard_normal((args.batch_size * clips_in(args), int(args.clip_s * 16_000)), np.float32) * 0.1
+        clips = [Utterance(f"{number}", "recording", {}, samples) for number, samples in enumerate(noise)]
+        packed = [window.samples for window in pack(clips, whisper.window.samples)]
+        samples = list(noise) if args.variant == "reference_clips" else packed
+        return samples, [None] * len(samples)
     if not args.dataset_name:
-        draw = np.random.default_rng(1)
         noise = draw.standard_normal((count, whisper.window.samples), np.float32) * 0.1
         return list(noise), [None] * count
     source = open_source(args.dataset_name, args.dataset_config_name, args.dataset_split_name)
     rows = list(islice(source.rows(0), count))
     return [decode(row["audio"], whisper.window.sampling_rate) for row in rows], [row.get("text") for row in rows]
+
+
+def clips_in(args) -> int:
+    """How many clips a window of 30 s holds."""
+    return int(30 // args.clip_s)
 
 
 class Reference:
@@ -110,7 +122,7 @@ def engine_of(variant: str):
     """What decodes in a variant."""
     if variant == "ctranslate2":
         return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
-    return Reference if variant == "reference" else Engine
+    return Reference if variant.startswith("reference") else Engine
 
 
 def run_variant(args) -> dict:
@@ -118,9 +130,11 @@ def run_variant(args) -> dict:
     device = this_device()
     dtype = "bfloat16" if args.variant.endswith("bfloat16") else args.dtype
     with tempfile.TemporaryDirectory() as folder:
-        if not args.model_name_or_path:
-            save_teacher(Path(folder), args.size, args.label_tokens)
-        whisper = load_whisper(args.model_name_or_path or folder, dtype=dtype, device=device)
+        name = None if args.variant in CLIPS else args.model_name_or_path
+        if not name:
+            tokens = args.label_tokens // clips_in(args) if args.variant == "reference_clips" else args.label_tokens
+            save_teacher(Path(folder), args.size, tokens)
+        whisper = load_whisper(name or folder, dtype=dtype, device=device)
     clock = Clock(device)
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
     decode_batch = engine_of(args.variant)(whisper, clock, args.max_label_length)
@@ -134,7 +148,7 @@ def run_variant(args) -> dict:
     seconds = clock.now() - began
     parts = {**clock.seconds, "decoder": seconds - sum(clock.seconds.values())}
     heard = sum(len(samples) for samples in audio) / whisper.window.sampling_rate
-    wer = error_rate(texts, tokens, whisper) if args.dataset_name else None
+    wer = None if None in texts else error_rate(texts, tokens, whisper)
     return {"seconds": seconds, "audio": heard, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
 
 
@@ -150,9 +164,12 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
     median = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items()}
     expected = runs["reference"][0]["tokens"]
 
-    def speedup(variant: str) -> float:
-        pairs = zip(runs["reference"], runs[variant], strict=True)
-        return statistics.median(one["seconds"] / other["seconds"] for one, other in pairs)
+    def speedup(variant: str, reference: str = "reference") -> float:
+        """How many times as much audio a second."""
+        pairs = zip(runs[reference], runs[variant], strict=True)
+        return statistics.median(
+            (other["audio"] / other["seconds"]) / (one["audio"] / one["seconds"]) for one, other in pairs
+        )
 
     def agreement(variant: str) -> float:
         """Share of the reference's tokens that are at the same place."""
@@ -160,19 +177,23 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
         return same / max(sum(max(len(one), len(other)) for one, other in pairs), 1)
 
-    audio, count = runs["reference"][0]["audio"], sum(map(len, expected))
+    def rate(of: dict, total) -> float:
+        """The median of something a second."""
+        return statistics.median(total(run) / run["seconds"] for run in of)
+
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
         "seconds": median,
-        "audio_seconds_per_second": {name: audio / value for name, value in median.items()},
-        "tokens_per_second": {name: count / value for name, value in median.items()},
+        "audio_seconds_per_second": {name: rate(of, lambda run: run["audio"]) for name, of in runs.items()},
+        "tokens_per_second": {name: rate(of, lambda run: sum(map(len, run["tokens"]))) for name, of in runs.items()},
         "peak_gb": {name: statistics.median(run["peak"] for run in of) / 1e9 for name, of in runs.items()},
         "speedup": speedup("engine"),
         "speedup_bfloat16": speedup("engine_bfloat16"),
         "speedup_ctranslate2": speedup("ctranslate2"),
+        "speedup_packed": speedup("engine_packed", "reference_clips"),
         "token_agreement": agreement("engine"),
         "token_agreement_bfloat16": agreement("engine_bfloat16"),
         "token_agreement_ctranslate2": agreement("ctranslate2"),
@@ -185,7 +206,7 @@ def show(result: dict) -> None:
     """The result as a table."""
     print(f"{result['machine']}; {result['model']}, {result['dtype']}, batch {result['batch_size']}")
     print(f"{'':18}{'audio s/s':>10}{'tokens/s':>10}{'peak GB':>9}{'WER %':>8}   time by part")
-    for name in VARIANTS:
+    for name in (*VARIANTS, *CLIPS):
         row = [result[key][name] for key in ("audio_seconds_per_second", "tokens_per_second", "peak_gb")]
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
@@ -193,15 +214,17 @@ def show(result: dict) -> None:
     for name in ("", "_bfloat16", "_ctranslate2"):
         speedup, agreement = result[f"speedup{name}"], result[f"token_agreement{name}"]
         print(f"engine{name}: {speedup:.2f} times as fast, {agreement:.4f} of the tokens equal")
+    print(f"engine, clips packed: {result['speedup_packed']:.2f} times as fast as a window for each clip")
 
 
 def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
-    parser = make_parser(__doc__, VARIANTS)
+    parser = make_parser(__doc__, (*VARIANTS, *CLIPS))
     parser.add_argument("--batch_size", type=int, default=128 if cuda else 16)
     parser.add_argument("--batches", type=int, default=4 if cuda else 2)
     parser.add_argument("--label_tokens", type=int, default=128 if cuda else 64)
     parser.add_argument("--max_label_length", type=int, default=225 if cuda else 128)
+    parser.add_argument("--clip_s", type=float, default=6.0, help="Length of the clips of the second comparison.")
     parser.add_argument("--model_name_or_path", help="A model to use in place of the one that is made.")
     parser.add_argument("--dataset_name", help="A dataset with a column text, for that model.")
     parser.add_argument("--dataset_config_name")
@@ -210,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.variant:
         print(json.dumps(run_variant(args)))
         return
-    runs = in_turn(__file__, VARIANTS, args)
+    runs = in_turn(__file__, (*VARIANTS, *CLIPS), args)
     result = summarise(args, runs)
     show(result)
     write_json(args, result)
