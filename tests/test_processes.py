@@ -24,7 +24,7 @@ HALF = ["--per_device_train_batch_size", 3, "--per_device_eval_batch_size", 3, "
 
 
 SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "scripts/accelerate/fsdp.yaml", "--num_processes", "2"]
-SHARDED += ["tests/sharded.py"]
+SHARDED += ["--main_process_port", "0", "tests/sharded.py"]
 
 
 def train_twice(student, labelled, folder, flags, start=lambda one, two: None, launcher=None):
