@@ -8,13 +8,14 @@ accelerate launch run_distillation.py --model_name_or_path ./distil-large-v2-ini
 Killed and started again with the same command, it goes on from its last checkpoint.
 """
 
+import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from tqdm import tqdm
 from transformers import SchedulerType, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -228,7 +229,7 @@ def check_numbers(args: Arguments) -> None:
 
 def make_accelerator(args: Arguments) -> Accelerator:
     """accelerate with our compute type, trackers and timeout."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=PRECISION[args.dtype],
         log_with=resolve_report_to(args.report_to),
         project_config=project_configuration(args.output_dir),
@@ -237,6 +238,25 @@ def make_accelerator(args: Arguments) -> Accelerator:
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    check_engine(accelerator)
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = None  # it would round what goes into the model; autocast computes as for DDP
+        plugin.cpu_ram_efficient_loading = False  # it would untie the output layer from the embeddings
+    return accelerator
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise UserError where accelerate was configured for what this training cannot run on."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed or (is_sharded(accelerator) and not accelerator.is_fsdp2):
+        found = "DeepSpeed" if deepspeed else "FSDP with fsdp_version: 1"
+        raise UserError(f"accelerate was configured for {found}; use DDP, or FSDP with fsdp_version: 2")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds only a part of the student's weights."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhisper, LoadedWhisper | None]:
@@ -271,11 +291,14 @@ def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhispe
 def make_validator(args: Arguments, student: LoadedWhisper, accelerator: Accelerator, collator: Collator) -> Validator:
     """What measures the student on the evaluation datasets."""
     beams, most = args.generation_num_beams, args.generation_max_length
+    if is_sharded(accelerator):
+        student = replace(student, model=copy.deepcopy(student.model))  # processes decode at a pace of their own
     decoder = Decoder(student, num_beams=beams, max_label_length=most) if args.predict_with_generate else None
     labeller = Labeller(student.grammar, LabelSettings(0.0, 0.0, args.seed))
     maker = ExampleMaker(labeller, student.window, args.audio_column_name)
     batch_size, workers = args.per_device_eval_batch_size, args.dataloader_num_workers
-    return Validator(open_validation_sets(args, student), accelerator, maker, collator, batch_size, workers, decoder)
+    sets = open_validation_sets(args, student)
+    return Validator(sets, accelerator, maker, collator, batch_size, workers, decoder, is_sharded(accelerator))
 
 
 def spec_augment(args: Arguments, config) -> SpecAugment | None:
@@ -380,7 +403,8 @@ def optimizer_step(run: Training, group: list[Batch], tokens: torch.Tensor) -> t
     for position, batch in enumerate(group):
         with nullcontext() if position + 1 == len(group) else accelerator.no_sync(model):
             kept = run.caches(batch, accelerator.device) if run.caches else {}
-            losses = model(**batch.inputs(accelerator.device), **kept)
+            with accelerator.autocast():
+                losses = model(**batch.inputs(accelerator.device), **kept)
             # Wrappers average gradients over the processes; the sum over all of them is what is divided by all tokens.
             accelerator.backward(losses["loss"] * accelerator.num_processes / tokens)
         sums += torch.stack([losses[name].detach().double() for name in ("ce", "kl", "tokens")])
@@ -487,9 +511,9 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     )
     if distiller.shares_encoder:
         accelerator.print("the frozen encoder equals the teacher's: it runs once for both")
-    model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
     collator = Collator(student.window, student.grammar.end)
     validator = make_validator(args, student, accelerator, collator) if args.do_eval else None
+    model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
     checkpoints = Checkpoints(folder, args.save_total_limit, args.save_best_total_limit)
     meter = Meter(accelerator, weights)
     return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator, meter)

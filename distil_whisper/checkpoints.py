@@ -111,9 +111,11 @@ class Checkpoints:
                 f"{path} was written with other trained layers than this command trains (is --freeze_encoder the "
                 "same?); use the same arguments, another --output_dir, or --overwrite_output_dir"
             )
+        state: dict[str, dict] = {}  # not put into `moments`, whose tensors are the optimizer's own
         for name, tensor in loaded.items():
             parameter, kind = name.removeprefix(_MOMENTS).rsplit(".", 1)
-            moments["state"][parameter][kind] = tensor
+            state.setdefault(parameter, {})[kind] = tensor
+        moments = {**moments, "state": state}
         set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
         scheduler.load_state_dict({**scheduler.state_dict(), **stored["scheduler"]})
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
@@ -158,9 +160,12 @@ class Checkpoints:
         set_model_state_dict(model, weights, options=replace(_FULL, strict=False))  # tied weights are saved once
 
 
-def student_weights(model) -> dict[str, torch.Tensor]:
-    """The student's weights by its own names, gathered on the CPU. Every process must call it."""
-    weights = get_model_state_dict(model, options=_FULL)
+def student_weights(model, everywhere: bool = False) -> dict[str, torch.Tensor]:
+    """The student's weights by its own names, gathered on the CPU of the main process, or on every device.
+
+    Every process must call it.
+    """
+    weights = get_model_state_dict(model, options=replace(_FULL, cpu_offload=not everywhere))
     return {name.removeprefix(_STUDENT): tensor for name, tensor in weights.items()}
 
 

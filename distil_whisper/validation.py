@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from distil_whisper.checkpoints import student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.examples import Batch, Collator, Example, ExampleMaker, LabelColumns
 from distil_whisper.losses import LossWeights
@@ -87,7 +88,10 @@ class ValidationBatches(IterableDataset):
 
 class Validator:
     """Measures a student on held-out datasets. Rows that cannot be used (unreadable, longer than the window) are
-    counted and left out; no set is filtered by the length of its labels."""
+    counted and left out; no set is filtered by the length of its labels.
+
+    sharded: the decoder's model is a whole copy of a student whose weights are spread over the processes.
+    """
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class Validator:
         batch_size: int,
         num_workers: int,
         decoder: Decoder | None,
+        sharded: bool = False,
     ):
         self.sets = sets
         self.accelerator = accelerator
@@ -106,11 +111,14 @@ class Validator:
         self.share = Share(accelerator.process_index, accelerator.num_processes, batch_size)
         self.num_workers = num_workers
         self.decoder = decoder
+        self.sharded = sharded
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, weights: LossWeights) -> Validation:
         """Figures of every set as `eval/<name>/...`, and their means `eval/wer` and `eval/loss`."""
         model.eval()
+        if self.sharded and self.decoder is not None:
+            self.decoder.model.load_state_dict(student_weights(model, everywhere=True), strict=False)
         result = Validation()
         for held_out in self.sets:
             self._measure(held_out, model, weights, result)
@@ -134,7 +142,8 @@ class Validator:
         sums = torch.zeros(3, dtype=torch.float64)
         problems, spoken = [], []
         for batch, references in bar(loader, desc=f"evaluating {held_out.name}", unit="batch", leave=False):
-            losses = model(**batch.inputs(self.accelerator.device))
+            with self.accelerator.autocast():
+                losses = model(**batch.inputs(self.accelerator.device))
             sums += torch.stack([losses[name].detach().double().cpu() for name in ("ce", "kl", "tokens")])
             problems += batch.problems
             if self.decoder is not None:

@@ -136,16 +136,19 @@ class Launched:
     stderr: str
 
 
-def launch(*command, cwd: Path | None = None, env: dict | None = None, processes: int = 1) -> Launched:
-    """Run a script of the repository as a user would; with several processes, on gloo ranks of this CPU."""
+def launch(
+    *command, cwd: Path | None = None, env: dict | None = None, processes: int = 1, launcher: list[str] | None = None
+) -> Launched:
+    """Run a script of the repository as a user would; with several processes, on gloo ranks of this CPU.
+
+    launcher: what Python is given in front of the script, in place of that.
+    """
     script, *flags = [str(part) for part in command]
     path = script if Path(script).is_absolute() else str(ROOT / script)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    if launcher is None and processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "WANDB_MODE": "disabled"}
     environment = {**environment, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    ran = subprocess.run(
-        [*launcher, path, *flags], cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, *(launcher or []), path, *flags]
+    ran = subprocess.run(command, cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=600)
     return Launched(ran.returncode, ran.stdout, ran.stderr)

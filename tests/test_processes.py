@@ -4,12 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import ROOT, launch
 from stages import ENGLISH, SPEAKERS, metrics, train_few, weights
+
+from distil_whisper.errors import UserError
+from run_distillation import check_engine
 
 TRAINING = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
 EVALUATION = ["--do_eval", "--predict_with_generate", "--eval_steps", 2]
@@ -17,13 +23,17 @@ WHOLE = ["--per_device_train_batch_size", 6, "--per_device_eval_batch_size", 6, 
 HALF = ["--per_device_train_batch_size", 3, "--per_device_eval_batch_size", 3, "--gradient_accumulation_steps", 2]
 
 
-def train_twice(student, labelled, folder, flags, start=lambda one, two: None):
+SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "scripts/accelerate/fsdp.yaml", "--num_processes", "2"]
+SHARDED += ["--main_process_port", "0", "tests/sharded.py"]
+
+
+def train_twice(student, labelled, folder, flags, start=lambda one, two: None, launcher=None):
     """Train in one process and in two; the second run begins with what `start` puts into its folder."""
     one = train_few(student, labelled, folder / "one", *flags, "--save_steps", 2, *WHOLE)
     start(one, folder / "two")
     names = ["--model_name_or_path", student, "--train_dataset_name", labelled, "--output_dir", folder / "two"]
     few = ["--max_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--do_train", "--report_to", "none"]
-    ran = launch("run_distillation.py", *names, *few, *flags, *HALF, processes=2)
+    ran = launch("run_distillation.py", *names, *few, *flags, *HALF, processes=2, launcher=launcher)
     assert ran.code == 0, ran.stderr
     expected, found = metrics(one), metrics(folder / "two")
     assert [line.keys() for line in found] == [line.keys() for line in expected]
@@ -35,17 +45,37 @@ def train_twice(student, labelled, folder, flags, start=lambda one, two: None):
     return ran.stdout
 
 
-def test_training_goes_on_in_two_processes(student, taught, labelled, tmp_path):
+def begun(one, two):
+    """A run whose last checkpoint is that of step 2."""
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors", "*.lock"))
+    shutil.copytree(one / "checkpoint-2", two / "checkpoint-2", dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("launcher", [None, SHARDED], ids=["ddp", "fsdp"])
+def test_training_goes_on_in_two_processes(launcher, student, taught, labelled, tmp_path):
     """From a checkpoint of one process. Seven rows to evaluate: the last batch has one for two processes."""
-
-    def start(one, two):
-        shutil.copytree(one, two, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors", "*.lock"))
-        shutil.copytree(one / "checkpoint-2", two / "checkpoint-2", dirs_exist_ok=True)
-
     flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test[:7]", "--teacher_model_name_or_path", taught]
-    said = train_twice(student, labelled, tmp_path, flags, start)
+    said = train_twice(student, labelled, tmp_path, flags, begun, launcher)
     assert "going on from" in said and "step 1: " not in said
     assert said.count("step 3: loss") == said.count("runs once for both") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "found"),
+    [
+        ("FSDP", 2, None),
+        ("MULTI_GPU", 0, None),
+        ("FSDP", 1, "FSDP with fsdp_version: 1"),
+        ("DEEPSPEED", 0, "DeepSpeed"),
+    ],
+)
+def test_engines_that_cannot_train_a_student_are_refused(kind, version, found):
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=version == 2)
+    refused = (
+        pytest.raises(UserError, match=f"accelerate was configured for {found}; use DDP") if found else nullcontext()
+    )
+    with refused:
+        check_engine(accelerator)
 
 
 @pytest.mark.slow
@@ -55,10 +85,13 @@ def test_streamed_training_in_two_processes(student, taught, labelled, tmp_path)
     assert said.count("step 4: loss") == 1
 
 
-def test_labelling_in_two_processes(taught, labelled, speech_folder, tmp_path):
+@pytest.mark.parametrize("launcher", [None, SHARDED], ids=["ddp", "fsdp"])
+def test_labelling_in_two_processes(launcher, taught, labelled, speech_folder, tmp_path):
+    """Configured for FSDP or not, every process has the whole teacher."""
     names = ["--model_name_or_path", taught, "--dataset_name", speech_folder, "--output_dir", tmp_path / "labelled"]
     flags = ["--dataset_split_name", "train+test", "--return_timestamps", "--decode_token_ids", False]
-    ran = launch("run_pseudo_labelling.py", *names, *ENGLISH, *SPEAKERS, *flags, "--report_to", "none", processes=2)
+    flags += [*ENGLISH, *SPEAKERS, "--report_to", "none"]
+    ran = launch("run_pseudo_labelling.py", *names, *flags, processes=2, launcher=launcher)
     assert ran.code == 0, ran.stderr
     paths = sorted(path.relative_to(labelled) for path in (labelled / "default").glob("*.parquet"))
     assert paths == sorted(
