@@ -12,10 +12,9 @@ import copy
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import SchedulerType, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -28,6 +27,7 @@ from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
+from distil_whisper.engine import is_sharded, training_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
 from distil_whisper.losses import LossWeights
@@ -37,12 +37,11 @@ from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save
 from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
-from distil_whisper.trackers import METRICS_FILE, Trackers, project_configuration, resolve_report_to
+from distil_whisper.trackers import METRICS_FILE, Trackers
 from distil_whisper.training_sets import Mixture, open_training_sets, open_validation_sets
 from distil_whisper.validation import Validator
 
 STAGE = "run_distillation"
-PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass
@@ -225,38 +224,6 @@ def check_numbers(args: Arguments) -> None:
     slowest, fastest = args.speed_perturbation
     if not 0.5 <= slowest <= fastest <= 2:
         raise UserError(f"--speed_perturbation is {slowest} {fastest}; give two factors in order, from 0.5 to 2")
-
-
-def make_accelerator(args: Arguments) -> Accelerator:
-    """accelerate with our compute type, trackers and timeout."""
-    accelerator = Accelerator(
-        mixed_precision=PRECISION[args.dtype],
-        log_with=resolve_report_to(args.report_to),
-        project_config=project_configuration(args.output_dir),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
-    check_engine(accelerator)
-    if is_sharded(accelerator):
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = None  # it would round what goes into the model; autocast computes as for DDP
-        plugin.cpu_ram_efficient_loading = False  # it would untie the output layer from the embeddings
-    return accelerator
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Raise UserError where accelerate was configured for what this training cannot run on."""
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if deepspeed or (is_sharded(accelerator) and not accelerator.is_fsdp2):
-        found = "DeepSpeed" if deepspeed else "FSDP with fsdp_version: 1"
-        raise UserError(f"accelerate was configured for {found}; use DDP, or FSDP with fsdp_version: 2")
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether each process holds only a part of the student's weights."""
-    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhisper, LoadedWhisper | None]:
@@ -547,7 +514,7 @@ def open_trackers(run: Training, folder: OutputFolder) -> Trackers:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     quiet_libraries()
-    accelerator = make_accelerator(args)
+    accelerator = training_accelerator(args)
     with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
         if args.do_train:
             folder.claim(*MODEL_FILES)

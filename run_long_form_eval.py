@@ -13,17 +13,18 @@ Writes long_form_results.json and long_form_predictions.jsonl into the output fo
 from dataclasses import dataclass
 
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse
+from distil_whisper.engine import make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.evaluation import (
     EvaluationFields,
     Evaluator,
     check_arguments,
     load_model,
-    make_accelerator,
     open_sets,
 )
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.outputs import OutputFolder
+from distil_whisper.progress import quiet_libraries
 from distil_whisper.report import Report
 from distil_whisper.transcribers import Chunked, Fallback, Sequential
 
@@ -93,6 +94,7 @@ def make_transcriber(args: Arguments, whisper: LoadedWhisper) -> Chunked | Seque
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    quiet_libraries()
     accelerator = make_accelerator(args)
     with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
         report = Report("long_form", args, accelerator, folder)

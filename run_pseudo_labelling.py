@@ -12,9 +12,8 @@ on with the shards that are missing.
 import json
 import time
 from dataclasses import dataclass, replace
-from datetime import timedelta
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Features
 from tqdm import tqdm
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from distil_whisper import hub
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse
 from distil_whisper.decoding import Decoder
+from distil_whisper.engine import make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.handoff import (
     MEANINGS,
@@ -43,7 +43,7 @@ from distil_whisper.reading import Source
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
 from distil_whisper.tokens import language_and_task
-from distil_whisper.trackers import Trackers, project_configuration, resolve_report_to
+from distil_whisper.trackers import Trackers
 from distil_whisper.uploads import BackgroundUploads
 
 STAGE = "run_pseudo_labelling"
@@ -162,15 +162,6 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
             raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")
     return args
-
-
-def make_accelerator(args: Arguments) -> Accelerator:
-    """accelerate with our trackers and timeout."""
-    return Accelerator(
-        log_with=resolve_report_to(args.report_to),
-        project_config=project_configuration(args.output_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
-    )
 
 
 def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, parse
 from distil_whisper.decoding import Decoder
+from distil_whisper.engine import make_accelerator
 from distil_whisper.errors import exit_on_user_error
 from distil_whisper.evaluation import (
     EvaluationFields,
     Evaluator,
     check_arguments,
     load_model,
-    make_accelerator,
     open_sets,
 )
 from distil_whisper.outputs import OutputFolder
+from distil_whisper.progress import quiet_libraries
 from distil_whisper.report import Report
 from distil_whisper.transcribers import ShortForm
 
@@ -42,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    quiet_libraries()
     accelerator = make_accelerator(args)
     with OutputFolder(args.output_dir, STAGE, args.overwrite_output_dir, accelerator.is_main_process) as folder:
         report = Report("short_form", args, accelerator, folder)

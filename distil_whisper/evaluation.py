@@ -3,12 +3,11 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
@@ -24,7 +23,6 @@ from distil_whisper.reading import Source
 from distil_whisper.recordings import LANGUAGE_COLUMN, TOO_LONG, Columns, Place, Recording, Recordings, Share
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.tokens import language_and_task
-from distil_whisper.trackers import project_configuration, resolve_report_to
 from distil_whisper.transcribers import Transcript
 
 
@@ -94,16 +92,6 @@ def check_arguments(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}; it must be 1 or more")
-
-
-def make_accelerator(args) -> Accelerator:
-    """accelerate with our trackers and timeout."""
-    progress.quiet_libraries()
-    return Accelerator(
-        log_with=resolve_report_to(args.report_to),
-        project_config=project_configuration(args.output_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout))],
-    )
 
 
 def load_model(args, accelerator: Accelerator) -> LoadedWhisper:

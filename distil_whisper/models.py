@@ -18,6 +18,7 @@ from distil_whisper.tokens import Grammar
 ENGLISH_ONLY_VOCABULARY = (
     51_864  # openai/whisper tells its English-only models by this size; multilingual ones have more
 )
+FRAMES_AT_ONCE = 3000  # log-mel frames that a CPU's encoder is given together
 
 MODEL_FILES = (  # what a saved checkpoint is made of; config.json comes last, and makes it loadable
     "README.md",
@@ -84,10 +85,10 @@ def load_whisper(
 def encoder_states(encoder: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
     """The last hidden states [batch, positions, width] of log-mel windows [batch, mels, frames].
 
-    On a CPU, without gradients, one window at a time: what a layer hands to the next then stays in the cache.
+    On a CPU, without gradients, some 30 s at a time: what a layer hands to the next then stays in the cache.
     """
-    alone = features.device.type == "cpu" and not torch.is_grad_enabled()
-    parts = features.split(1) if alone else [features]
+    in_parts = features.device.type == "cpu" and not torch.is_grad_enabled()
+    parts = features.split(max(1, FRAMES_AT_ONCE // features.shape[-1])) if in_parts else [features]
     return torch.cat([encoder(part).last_hidden_state for part in parts])
 
 

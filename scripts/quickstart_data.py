@@ -23,7 +23,7 @@ from transformers import WhisperTokenizer
 from distil_whisper.audio import encode_flac
 from distil_whisper.handoff import shard_writer
 from distil_whisper.outputs import write_text
-from distil_whisper.progress import bar
+from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.tokens import Grammar
 
 RATE = 16_000
@@ -65,6 +65,7 @@ Synthetic speech: a small vocabulary spoken by eSpeak NG.
 """
 SPLITS = {"train": 4000, "test": 400, "test_ood": 400}
 EXCERPTS = 0.3  # share of the training recordings that are a window's length out of something longer
+WRONG = 0.15  # share of the training utterances whose transcript is of something else, as in collected corpora
 WINDOWS = 5000
 LONG_RECORDINGS, LONG_S = 6, 62
 
@@ -89,8 +90,9 @@ def speakers(voices: list[str]) -> list[Speaker]:
 
 def write_utterances(folder: Path, split: str, count: int, voices: list[str], noise: float, draw) -> None:
     """Utterances of one to three words, in recordings of one to eight by one speaker; some training recordings are an
-    excerpt of a window's length instead."""
-    excerpts = EXCERPTS if split == "train" else 0.0
+    excerpt of a window's length instead, and some training transcripts are wrong."""
+    excerpts, wrong = (EXCERPTS, WRONG) if split == "train" else (0.0, 0.0)
+    mistakes = draw.spawn(1)[0]
     everyone = speakers(voices)
     with shard_writer(folder / "data" / f"{split}-00000-of-00001.parquet", FEATURES) as write:
         made = recording = 0
@@ -104,6 +106,8 @@ def write_utterances(folder: Path, split: str, count: int, voices: list[str], no
                 spoken = [(words, padded(samples, draw)) for words, samples in spoken]
             for words, samples in spoken:
                 samples = noisy(samples, noise, draw)
+                if mistakes.random() < wrong:
+                    words = mistakes.choice(WORDS, size=len(words)).tolist()
                 write(row(samples, words, f"{split}-{made}", speaker.name, f"{split}-recording-{recording}"))
                 made += 1
             recording += 1
@@ -196,6 +200,7 @@ def main(argv=None) -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model_dir", type=Path, required=True)
     args = parser.parse_args(argv)
+    quiet_libraries()
     draw = np.random.default_rng(0)
     toy_whisper.save(
         args.model_dir,

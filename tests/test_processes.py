@@ -14,8 +14,8 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, launch
 from stages import ENGLISH, SPEAKERS, metrics, train_few, weights
 
+from distil_whisper.engine import check_engine
 from distil_whisper.errors import UserError
-from run_distillation import check_engine
 
 TRAINING = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
 EVALUATION = ["--do_eval", "--predict_with_generate", "--eval_steps", 2]

@@ -1,0 +1,46 @@
+"""accelerate, as the stages configure it: what they compute with, wait for and report to."""
+
+from datetime import timedelta
+
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+from distil_whisper.errors import UserError
+from distil_whisper.trackers import project_configuration, resolve_report_to
+
+PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def make_accelerator(args, *handlers, **options) -> Accelerator:
+    """accelerate with our trackers and timeout."""
+    return Accelerator(
+        log_with=resolve_report_to(args.report_to),
+        project_config=project_configuration(args.output_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)), *handlers],
+        **options,
+    )
+
+
+def training_accelerator(args) -> Accelerator:
+    """The same for training, with its compute type. Raises UserError where accelerate was configured for what a
+    student cannot be trained on."""
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = make_accelerator(args, buffers, mixed_precision=PRECISION[args.dtype])
+    check_engine(accelerator)
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = None  # it would round what goes into the model; autocast computes as for DDP
+        plugin.cpu_ram_efficient_loading = False  # it would untie the output layer from the embeddings
+    return accelerator
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Raise UserError for DeepSpeed and for FSDP of version 1."""
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed or (is_sharded(accelerator) and not accelerator.is_fsdp2):
+        found = "DeepSpeed" if deepspeed else "FSDP with fsdp_version: 1"
+        raise UserError(f"accelerate was configured for {found}; use DDP, or FSDP with fsdp_version: 2")
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds only a part of the student's weights."""
+    return accelerator.distributed_type == DistributedType.FSDP
