@@ -2,7 +2,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec 9> .venv.lock
 if command -v flock > /dev/null; then flock 9; fi  # two of the scripts at once: the second waits until all is installed
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed" >&2; exit 1; }
     echo "making .venv"
     python3 -m venv .venv
