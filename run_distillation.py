@@ -10,13 +10,14 @@ Killed and started again with the same command, it goes on from its last checkpo
 
 import copy
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import SchedulerType, get_scheduler
+from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from distil_whisper import hub
@@ -42,6 +43,8 @@ from distil_whisper.training_sets import Mixture, open_training_sets, open_valid
 from distil_whisper.validation import Validator
 
 STAGE = "run_distillation"
+SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+SCHEDULES += ["inverse_sqrt"]  # the others of transformers need arguments of their own
 
 
 @dataclass
@@ -147,7 +150,7 @@ class Arguments(ModelFields, DataFields, RunFields):
     lr_scheduler_type: str = option(
         "linear",
         "Learning rate schedule, such as linear or constant_with_warmup.",
-        choices=[t.value for t in SchedulerType],
+        choices=SCHEDULES,
     )
     warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.")
     weight_decay: float = option(0.0, "Weight decay of matrices (not of biases and layer norms).")
@@ -215,12 +218,25 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 def check_numbers(args: Arguments) -> None:
     """Raise UserError for numbers outside of their range."""
     positive = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-    for name in [*positive, "logging_steps", "save_steps", "shuffle_buffer_size"]:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    for name in ("timestamp_probability", "condition_on_prev_probability", "noise_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be between 0 and 1")
+    positive += ["logging_steps", "save_steps", "shuffle_buffer_size"]
+    not_negative = ["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"]
+    shares = [
+        "timestamp_probability",
+        "condition_on_prev_probability",
+        "noise_probability",
+        "adam_beta1",
+        "adam_beta2",
+    ]
+    for names, is_right, allowed in (
+        (positive, lambda value: value >= 1, "1 or more"),
+        (not_negative, lambda value: value >= 0, "0 or more"),
+        (shares, lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ):
+        for name in names:
+            if not is_right(getattr(args, name)):
+                raise UserError(f"--{name} is {getattr(args, name)}; it must be {allowed}")
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise UserError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be above 0, or give --max_steps")
     slowest, fastest = args.speed_perturbation
     if not 0.5 <= slowest <= fastest <= 2:
         raise UserError(f"--speed_perturbation is {slowest} {fastest}; give two factors in order, from 0.5 to 2")
@@ -507,8 +523,8 @@ def steps_to_train(args: Arguments, batches_per_epoch: int | None) -> int:
 def open_trackers(run: Training, folder: OutputFolder) -> Trackers:
     """The trackers of this run; after a resume they go on behind its step."""
     args, step = run.args, run.state.step
-    arguments = public_arguments(args)
-    return Trackers(run.accelerator, folder, args.wandb_project, args.wandb_name, arguments, step or None)
+    going_on = step or (None if args.do_train else sys.maxsize)  # an evaluation alone leaves all lines of a training
+    return Trackers(run.accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args), going_on)
 
 
 def main(argv: list[str] | None = None) -> None:

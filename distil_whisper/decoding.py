@@ -78,7 +78,8 @@ class Decoder:
 
     def _greedy(self, encoded: torch.Tensor, prefix: list[int]) -> list[Decoded]:
         grammar, config = self.grammar, self.model.generation_config
-        rules = Rules(config, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
+        vocabulary = self.model.config.vocab_size
+        rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
         found = greedy_search(self.model, encoded, prefix, rules, most)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)

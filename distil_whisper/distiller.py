@@ -97,7 +97,7 @@ class Distiller(nn.Module):
         if self.shares_encoder:
             return teacher_states, teacher_states
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            return encoder_states(self.student.model.encoder, features), teacher_states
+            return self.student.model.encoder(features).last_hidden_state, teacher_states
 
     def teacher_decoder(self, decoder_input_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The teacher's last decoder states [batch, length, width], in its own dtype."""

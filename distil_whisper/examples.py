@@ -209,6 +209,8 @@ def joined(parts: list[Batch], padding: int) -> Batch:
     """Parts of a batch as one, in their order; those that train nothing are left out, unless there is no other."""
     problems = [problem for part in parts for problem in part.problems]
     parts = [part for part in parts if part.tokens] or parts[:1]
+    if len(parts) == 1:
+        return replace(parts[0], problems=problems)
     length = max(part.labels.shape[1] for part in parts)
 
     def together(name: str, value: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ class Rules:
     second, and where all timestamps together are likelier than any word, one of them it is.
     """
 
-    def __init__(self, generation_config, end: int, no_timestamps: int, timestamps: bool, device):
+    def __init__(self, generation_config, vocabulary: int, end: int, no_timestamps: int, timestamps: bool, device):
         self.end = end
         self.begin = no_timestamps + 1
         self.timestamps = timestamps
@@ -37,7 +37,8 @@ class Rules:
         always = set(generation_config.suppress_tokens or []) | ({no_timestamps} if timestamps else set())
         at_first = always | set(generation_config.begin_suppress_tokens or [])
         self.always, self.at_first = (
-            torch.tensor(sorted(tokens), dtype=torch.long, device=device) for tokens in (always, at_first)
+            torch.tensor([token for token in tokens if 0 <= token < vocabulary], dtype=torch.long, device=device)
+            for tokens in (always, at_first)
         )
 
     def choose(self, logits: torch.Tensor, history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,8 +47,7 @@ class Rules:
         logits [batch, vocabulary] are overwritten: those of tokens that may not follow become -inf.
         """
         first = history.shape[1] == 0
-        suppressed = self.at_first if first else self.always
-        logits.index_fill_(1, suppressed[suppressed < logits.shape[1]], -torch.inf)
+        logits.index_fill_(1, self.at_first if first else self.always, -torch.inf)
         if not self.timestamps:
             best, chosen = logits.max(-1)
             return chosen, best - logits.logsumexp(-1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
@@ -157,6 +158,6 @@ def _load(kind: type, name: str, argument: str, **options):
     """`kind.from_pretrained(name)`, with a sentence for what cannot be loaded."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ", 1)[0]
         raise UserError(f"{argument} {name} cannot be loaded as a Whisper checkpoint: {reason}") from error

@@ -17,6 +17,7 @@ from datasets import (
     Features,
     IterableDataset,
     ReadInstruction,
+    Value,
     get_dataset_config_names,
     load_dataset_builder,
     load_from_disk,
@@ -101,6 +102,16 @@ class Source:
                 wanted = (wanted - table.num_rows) % step
         except _UNREADABLE as error:
             raise UserError(f"unit {unit_index} of {self.label} cannot be read: {_reason(error)}") from error
+
+    def as_text(self, column: str) -> None:
+        """Take a column of numbers (a CSV of spoken digits) as text. Raises UserError for one that cannot be text."""
+        feature = self.features[column]
+        if getattr(feature, "dtype", None) in ("string", "large_string"):
+            return
+        if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float")):
+            raise UserError(f"column {column} of {self.label} holds no text, but {feature}")
+        self._data = self._data.cast_column(column, Value("string"))
+        self.features = self._data.features
 
     def row_id(self, unit_index: int, row: int) -> str:
         """The identity of a row, the same in every run and on every machine."""

@@ -83,4 +83,6 @@ def columns_of(args, prefix: str, sources: list[Source], flag: str) -> list[str 
     for source, column in zip(sources, columns, strict=True):
         if column is not None:
             require_columns(source, **{flag: column})
+            if flag.endswith("text_column_name"):
+                source.as_text(column)
     return columns

@@ -1,17 +1,17 @@
 """Streamed training data: files read side by side, each by one process and one worker, from any point on.
 
-A global batch is drawn from lanes, so many rows from each. A lane reads files of its own, and the lanes are dealt to
-processes and workers: nothing is read twice, and which rows make a batch depends on the seed and on the size of the
-global batch, not on who reads. What a lane has read is a few numbers, from which a resumed run goes on.
+A global batch is drawn from lanes, so many rows from each. A lane reads a share of the files, and the lanes are dealt
+to processes and workers: which rows make a batch depends on the seed and on the size of the global batch, not on who
+reads. What a lane has read is a few numbers, from which a resumed run goes on.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distil_whisper.errors import UserError
@@ -19,16 +19,30 @@ from distil_whisper.examples import Batch, Collator, ExampleMaker, joined
 from distil_whisper.filtering import is_kept
 from distil_whisper.mixing import Share, TrainingSet, workers
 
-ROWS_OF_A_LANE = 8  # in a large batch; a small batch is drawn from this many lanes
+LANES, ROWS_OF_A_LANE = (
+    16,
+    8,
+)  # lanes of a small batch, or as many as it has rows; a large one has so many rows of each
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a unit: every step-th from `start` up to `stop` (None: to the end)."""
+
+    unit: int
+    start: int = 0
+    stop: int | None = None
+    step: int = 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a lane stands in a dataset: its part of the endless sequence of parts, the row of the part's file that
-    begins the block which is given out, and how many rows of the block were given."""
+    """Where a lane stands in a dataset: the epoch, the segment of its share, the row that begins the block which is
+    given out (None: the segment's first), and how many rows of the block were given."""
 
-    part: int
-    row: int = 0
+    epoch: int = 0
+    segment: int = 0
+    row: int | None = None
     given: int = 0
 
 
@@ -47,13 +61,13 @@ class Mixed:
 
 def lanes_of(batch: int) -> int:
     """How many lanes a global batch of so many rows is drawn from: a divisor of it."""
-    most = min(batch, max(ROWS_OF_A_LANE, batch // ROWS_OF_A_LANE))
+    most = min(batch, max(LANES, batch // ROWS_OF_A_LANE))
     return max(number for number in range(1, most + 1) if batch % number == 0)
 
 
 class StreamMixture:
-    """Streamed datasets and how they are mixed: by weight (None: equally), rows shuffled in blocks of block_size over
-    all lanes, global batches of `batch` rows."""
+    """Streamed datasets and how they are mixed: by weight (None: equally), block_size rows held to be shuffled by all
+    lanes together, global batches of `batch` rows."""
 
     def __init__(self, sets: list[TrainingSet], weights: list[float] | None, seed: int, block_size: int, batch: int):
         self.sets = sets
@@ -61,54 +75,59 @@ class StreamMixture:
         self.seed = seed
         self.lanes = lanes_of(batch)
         self.rows_of_lane = batch // self.lanes
-        self.block_size = max(1, block_size // self.lanes)
+        self.block_sizes = [max(1, int(block_size * chance / self.lanes)) for chance in self.chances]
 
     def chosen(self, lane: int, batch: int) -> list[int]:
         """The datasets of a lane's rows of a batch, by their numbers."""
         draw = np.random.default_rng([self.seed, lane, batch])
         return draw.choice(len(self.sets), size=self.rows_of_lane, p=self.chances).tolist()
 
-    def split(self, dataset: int) -> int:
-        """In how many parts each file is cut: fewer files than lanes are shared by several lanes."""
-        return math.ceil(self.lanes / max(1, len(self.sets[dataset].source.units)))
+    def share(self, dataset: int, lane: int, epoch: int) -> list[Segment]:
+        """A lane's part of an epoch of a dataset, whose files are in an order of that epoch's own.
 
-    def parts(self, dataset: int) -> int:
-        """Parts in an epoch of a dataset. Lane after lane takes the next one, so all lanes end an epoch together."""
-        return self.split(dataset) * len(self.sets[dataset].source.units)
+        Where it is known how many rows a file has, all shares are of the same size, and a file may lie across two of
+        them. Else a share is so many files, or of fewer files than lanes every so many rows of each.
+        """
+        units = self.sets[dataset].source.units
+        order = np.random.default_rng([self.seed, dataset, epoch]).permutation(len(units))
+        place = (lane + epoch) % self.lanes  # no lane keeps to a part of the data
+        if all(unit.rows is not None for unit in units):
+            return self._share_of_rows([(int(unit), units[unit].rows) for unit in order], place)
+        split = self.lanes if len(units) < self.lanes else 1
+        parts = [Segment(int(unit), first, None, split) for unit in order for first in range(split)]
+        return parts[place :: self.lanes]
 
-    def part(self, dataset: int, number: int) -> tuple[int, int, int]:
-        """The epoch, the unit and the first row of a part; the others of it follow at a distance of `split`."""
-        epoch, place = divmod(number, self.parts(dataset))
-        order = np.random.default_rng([self.seed, dataset, epoch]).permutation(self.parts(dataset))
-        unit, first = divmod(int(order[place]), self.split(dataset))
-        return epoch, unit, first
+    def _share_of_rows(self, files: list[tuple[int, int]], place: int) -> list[Segment]:
+        total = sum(rows for _, rows in files)
+        first, last = (total * (place + more) // self.lanes for more in (0, 1))
+        segments, begin = [], 0
+        for unit, rows in files:
+            start, stop = max(first - begin, 0), min(last - begin, rows)
+            if start < stop:
+                segments.append(Segment(unit, start, stop))
+            begin += rows
+        return segments
 
     def resumed(self, kept: dict | None, say) -> Places:
-        """The places that a checkpoint holds (what `to_keep` gave); of a run with other lanes, the nearest ones."""
+        """The places that a checkpoint holds (what `to_keep` gave). With other batches or blocks than its run had they
+        mean nothing, and a new pass over the data comes next."""
         if not kept:
             return {}
         places = {
             int(lane): {int(dataset): Place(**place) for dataset, place in of_lane.items()}
             for lane, of_lane in kept["places"].items()
         }
-        if kept["lanes"] == self.lanes:
+        if (kept["lanes"], kept["block_sizes"]) == (self.lanes, self.block_sizes):
             return places
-        say("the global batch has another size than before: the stream goes on near where it was, in another order")
-        begun = {dataset: self._begun(dataset, kept["lanes"], places) for dataset in range(len(self.sets))}
-        return {lane: {dataset: Place(first + lane) for dataset, first in begun.items()} for lane in range(self.lanes)}
+        say("the global batch or the shuffling buffer has another size than before: a new pass over the data begins")
+        begun = [place.epoch for of_lane in places.values() for place in of_lane.values()]
+        fresh = {dataset: Place(max(begun, default=-1) + 1) for dataset in range(len(self.sets))}
+        return {lane: fresh for lane in range(self.lanes)}
 
     def to_keep(self, places: Places) -> dict:
         """Places of all lanes as JSON can hold them."""
-        return {
-            "lanes": self.lanes,
-            "places": {lane: {d: asdict(place) for d, place in of_lane.items()} for lane, of_lane in places.items()},
-        }
-
-    def _begun(self, dataset: int, lanes: int, places: Places) -> int:
-        """The first part that no lane of a run with so many lanes has begun, counted in parts of this one."""
-        units = len(self.sets[dataset].source.units)
-        begun = 1 + max((of_lane[dataset].part for of_lane in places.values() if dataset in of_lane), default=-1)
-        return math.ceil(begun / (units * math.ceil(lanes / units)) * self.parts(dataset))
+        kept = {lane: {d: asdict(place) for d, place in of_lane.items()} for lane, of_lane in places.items()}
+        return {"lanes": self.lanes, "block_sizes": self.block_sizes, "places": kept}
 
 
 class Lane:
@@ -126,36 +145,43 @@ class Lane:
 
     def _rows_of(self, dataset: int) -> Iterator[Mixed]:
         """The rows of a dataset without end; `places` follows what was given."""
-        mixture = self.mixture
-        place, fruitless = self.places.get(dataset, Place(self.number)), 0
+        training_set = self.mixture.sets[dataset]
+        place, fruitless = self.places.get(dataset, Place()), 0
+        if not training_set.source.units:
+            require_rows(training_set)
         while True:
             fruitless += 1
-            epoch, unit, _ = mixture.part(dataset, place.part)
-            for row, block in self._blocks(dataset, place):
-                fruitless = 0
-                order = np.random.default_rng([mixture.seed, dataset, place.part, row]).permutation(len(block))
-                for given in range(place.given, len(block)):
-                    number, kept = block[order[given]]
-                    self.places[dataset] = Place(place.part, row, given + 1)
-                    yield Mixed(dataset, epoch, mixture.sets[dataset].row_id(kept, unit, number), kept)
-                place = replace(place, given=0)
-            if fruitless == mixture.parts(dataset):
-                require_rows(mixture.sets[dataset])
-            place = Place(place.part + mixture.lanes)
+            segments = self.mixture.share(dataset, self.number, place.epoch)
+            for number in range(place.segment, len(segments)):
+                unit = segments[number].unit
+                for row, block in self._blocks(dataset, segments[number], place.row):
+                    fruitless = 0
+                    draw = np.random.default_rng([self.mixture.seed, dataset, place.epoch, unit, row])
+                    order = draw.permutation(len(block))
+                    for given in range(place.given, len(block)):
+                        index, kept = block[order[given]]
+                        self.places[dataset] = Place(place.epoch, number, row, given + 1)
+                        yield Mixed(dataset, place.epoch, training_set.row_id(kept, unit, index), kept)
+                    place = replace(place, given=0)
+                place = replace(place, row=None)
+            if fruitless == self.mixture.lanes:
+                require_rows(training_set)
+            place = Place(place.epoch + 1)
 
-    def _blocks(self, dataset: int, place: Place) -> Iterator[tuple[int, list[tuple[int, dict]]]]:
-        """Blocks of the usable rows of a part with their numbers in the file, and the row that begins each block."""
-        training_set, step = self.mixture.sets[dataset], self.mixture.split(dataset)
-        _, unit, first = self.mixture.part(dataset, place.part)
-        start, block = max(place.row, first), []
-        begin = start
-        for order, row in enumerate(training_set.source.rows(unit, None, start, step)):
-            number = start + order * step
+    def _blocks(self, dataset: int, of: Segment, first: int | None) -> Iterator[tuple[int, list[tuple[int, dict]]]]:
+        """Blocks of the usable rows of a segment with their numbers in the file, and the row that begins each block;
+        from a row on, if one is given."""
+        training_set, block = self.mixture.sets[dataset], []
+        start = begin = of.start if first is None else first
+        rows = training_set.source.rows(of.unit, None, start, of.step)
+        rows = rows if of.stop is None else islice(rows, max(of.stop - start, 0))
+        for order, row in enumerate(rows):
+            number = start + order * of.step
             if is_kept(training_set.row_filter(row)):
                 block.append((number, training_set.row_filter.trimmed(row)))
-            if len(block) == self.mixture.block_size:
+            if len(block) == self.mixture.block_sizes[dataset]:
                 yield begin, block
-                begin, block = number + step, []
+                begin, block = number + of.step, []
         if block:
             yield begin, block
 
@@ -213,8 +239,9 @@ class StreamBatches:
     def __init__(self, parts: StreamParts, num_workers: int, padding: int):
         self.places: Places = {}
         self._padding = padding
-        self._workers = min(num_workers, len(parts.shares))
-        self._parts = iter(DataLoader(parts, batch_size=None, **workers(self._workers)))
+        self._workers = min(num_workers, len(parts.shares))  # more would have no lane
+        loading = {**workers(self._workers), "pin_memory": False}  # the joined batch is what goes to the GPU
+        self._parts = iter(DataLoader(parts, batch_size=None, **loading))
 
     def __iter__(self) -> "StreamBatches":
         return self
@@ -224,7 +251,8 @@ class StreamBatches:
         found = [next(self._parts) for _ in range(max(1, self._workers))]
         for _, places in found:
             self.places |= places
-        return joined([batch for batch, _ in found], self._padding)
+        batch = joined([batch for batch, _ in found], self._padding)
+        return batch.pin_memory() if torch.cuda.is_available() else batch
 
 
 def shares_of_lanes(mixture: StreamMixture, share: Share) -> dict[int, tuple[int, int]]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from distil_whisper.errors import UserError, nearest
-from distil_whisper.outputs import OutputFolder
+from distil_whisper.outputs import OutputFolder, write_text
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 METRICS_FILE = "metrics.jsonl"
@@ -31,9 +31,11 @@ def resolve_report_to(report_to: list[str]) -> list[str] | None:
             raise UserError(f"--report_to has an unknown tracker {name} {nearest(name, [*TRACKERS, 'none'])}")
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--report_to {name} needs the package {name}; install it with: pip install {name}")
-    if "wandb" in names and not _wandb_is_configured():
+    if "wandb" in names and not os.environ.get("WANDB_MODE") and not _wandb_is_configured():
         os.environ["WANDB_MODE"] = "offline"
-        print("wandb has no login here, so it runs offline; upload the run later with: wandb sync wandb/offline-run-*")
+        if os.environ.get("RANK", "0") == "0":
+            folder = "OUTPUT_DIR/wandb/offline-run-*"
+            print(f"wandb has no login here, so it runs offline; upload the run later with: wandb sync {folder}")
     return names or None
 
 
@@ -96,9 +98,17 @@ def project_configuration(output_dir: str) -> ProjectConfiguration:
 def _keep_lines_until(path: Path, stage: str, step: int | None) -> None:
     """Start a stage's lines of the metrics file, or go on with those of a run up to the step that it resumes from."""
     written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [json.loads(line) for line in written if line.endswith("}")]  # a killed run may leave half a line
+    lines = [line for line in map(_line, written) if line is not None]
     kept = [line for line in lines if line.get("stage") != stage or (step is not None and line["step"] <= step)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _line(text: str) -> dict | None:
+    """A line of metrics, None for one that a killed run left half written."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _wandb_is_configured() -> bool:

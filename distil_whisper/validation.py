@@ -118,7 +118,7 @@ class Validator:
         """Figures of every set as `eval/<name>/...`, and their means `eval/wer` and `eval/loss`."""
         model.eval()
         if self.sharded and self.decoder is not None:
-            self.decoder.model.load_state_dict(student_weights(model, everywhere=True), strict=False)
+            self.decoder.model.load_state_dict(student_weights(model, everywhere=True))
         result = Validation()
         for held_out in self.sets:
             self._measure(held_out, model, weights, result)

@@ -1,5 +1,6 @@
 """Bad input of stages 1 to 3: one sentence on stderr, an exit code that is not 0, and nothing lost."""
 
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -162,6 +163,10 @@ def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows
         (["--report_to", "wandbb"], "--report_to has an unknown tracker wandbb (allowed: "),
         (["--normalizer", "basics"], "there is no text normaliser 'basics' (allowed: "),
         (["--lr_scheduler_type", "lineer"], "linear"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_restarts"),
+        (["--learning_rate", -1], "--learning_rate is -1.0; it must be 0 or more"),
+        (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be 0 or more"),
+        (["--max_steps", 0, "--num_train_epochs", 0], "--num_train_epochs is 0; it must be above 0"),
     ],
 )
 def test_mistakes_of_training_are_one_sentence(flags, sentence, student, labelled, speech_folder, tmp_path):
@@ -232,3 +237,35 @@ def test_a_missing_script_argument_is_named():
     ):
         with pytest.raises(UserError, match=f"{flag} is missing"):
             run(script)
+
+
+@pytest.mark.parametrize("script", ["run_pseudo_labelling", "run_distillation", "create_student_model"])
+def test_help_shows_every_argument(script, capsys):
+    """The evaluations have a test of theirs, which launches them."""
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert (ended.value.code == 0 and "accelerate launch" in shown) or "python create_student" in shown
+    fields = importlib.import_module(script).Arguments.__dataclass_fields__
+    assert all(f"--{name}" in shown for name in fields)
+
+
+@pytest.mark.parametrize("script", ["run_short_form_eval.py", "run_long_form_eval.py"])
+def test_launched_help(script):
+    ran = launch(script, "--help")
+    assert ran.code == 0 and "--generation_num_beams" in ran.stdout and "accelerate launch" in ran.stdout
+
+
+def test_transcripts_of_digits_in_a_table_are_text(student, utterances, tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    lines = ["audio,text"]
+    for number, utterance in enumerate(utterances[:4]):
+        (tmp_path / "clips" / f"{number}.wav").write_bytes(utterance.encoded())
+        lines.append(f"clips/{number}.wav,{number}")
+    (tmp_path / "digits.csv").write_text("\n".join(lines) + "\n")
+    names = ["--language", "en", "--model_name_or_path", student, "--report_to", "none"]
+    run("run_short_form_eval", *names, "--dataset_name", tmp_path / "digits.csv", "--output_dir", tmp_path / "out")
+    predictions = [
+        json.loads(line) for line in (tmp_path / "out/short_form_predictions.jsonl").read_text().splitlines()
+    ]
+    assert [row["reference"] for row in predictions] == ["0", "1", "2", "3"]

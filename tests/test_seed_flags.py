@@ -15,7 +15,7 @@ import distil_whisper.sources
 import distil_whisper.training_sets
 import run_distillation
 import run_pseudo_labelling
-from distil_whisper import labelling, mixing, validation
+from distil_whisper import engine, labelling, mixing, validation
 from distil_whisper.distiller import Distiller
 from distil_whisper.trackers import resolve_report_to
 
@@ -162,22 +162,24 @@ class Watched:
 def watched(monkeypatch):
     """Watches what a run is built of; its loaders then do without workers."""
     result = Watched()
-    for script in (run_distillation, run_pseudo_labelling):
 
-        def accelerator(*, make=script.Accelerator, **options):
-            result.options = options
-            return make(**options)
+    def accelerator(*, make=engine.Accelerator, **options):
+        result.options = options
+        return make(**options)
+
+    monkeypatch.setattr(engine, "Accelerator", accelerator)
+    for script in (run_distillation, run_pseudo_labelling):
 
         def begin(*arguments, make=script.begin):
             result.run = make(*arguments)
             return result.run
 
-        monkeypatch.setattr(script, "Accelerator", accelerator)
         monkeypatch.setattr(script, "begin", begin)
 
     def loader(*arguments, make=torch.utils.data.DataLoader, **options):
         result.workers.append(options.pop("num_workers"))
         options.pop("multiprocessing_context")
+        options.pop("pin_memory")
         return make(*arguments, **options)
 
     def open_source(*arguments, num_proc, make=distil_whisper.sources.open_source, **options):
