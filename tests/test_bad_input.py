@@ -241,7 +241,6 @@ def test_a_missing_script_argument_is_named():
 
 @pytest.mark.parametrize("script", ["run_pseudo_labelling", "run_distillation", "create_student_model"])
 def test_help_shows_every_argument(script, capsys):
-    """The evaluations have a test of theirs, which launches them."""
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).parse_args(["--help"])
     shown = capsys.readouterr().out
