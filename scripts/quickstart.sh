@@ -47,7 +47,7 @@ stage student_init python create_student_model.py --teacher_checkpoint "$out/tea
 
 distil=(--model_name_or_path "$out/student_init" --train_dataset_name "$out/labelled" --freeze_encoder
     --eval_dataset_name "$out/data" --eval_dataset_config_name default --eval_split_name test --do_eval
-    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 600 "${augment[@]}")
+    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 1200 "${augment[@]}")
 
 stage student "${train[@]}" "${distil[@]}" --teacher_model_name_or_path "$out/teacher" --wer_threshold 20 \
     --timestamp_probability 0.5 --condition_on_prev_probability 0.1 --output_dir "$out/student"
