@@ -244,7 +244,7 @@ def test_help_shows_every_argument(script, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).parse_args(["--help"])
     shown = capsys.readouterr().out
-    assert (ended.value.code == 0 and "accelerate launch" in shown) or "python create_student" in shown
+    assert ended.value.code == 0
     fields = importlib.import_module(script).Arguments.__dataclass_fields__
     assert all(f"--{name}" in shown for name in fields)
 
