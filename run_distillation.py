@@ -220,17 +220,12 @@ def check_numbers(args: Arguments) -> None:
     positive = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
     positive += ["logging_steps", "save_steps", "shuffle_buffer_size"]
     not_negative = ["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"]
-    shares = [
-        "timestamp_probability",
-        "condition_on_prev_probability",
-        "noise_probability",
-        "adam_beta1",
-        "adam_beta2",
-    ]
+    shares = ["timestamp_probability", "condition_on_prev_probability", "noise_probability"]
     for names, is_right, allowed in (
         (positive, lambda value: value >= 1, "1 or more"),
         (not_negative, lambda value: value >= 0, "0 or more"),
         (shares, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (["adam_beta1", "adam_beta2"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
     ):
         for name in names:
             if not is_right(getattr(args, name)):

@@ -1,4 +1,4 @@
-"""Streamed training data: files read side by side, each by one process and one worker, from any point on.
+"""Streamed training data: files read side by side, shared among processes and workers, from any point on.
 
 A global batch is drawn from lanes, so many rows from each. A lane reads a share of the files, and the lanes are dealt
 to processes and workers: which rows make a batch depends on the seed and on the size of the global batch, not on who
@@ -19,10 +19,8 @@ from distil_whisper.examples import Batch, Collator, ExampleMaker, joined
 from distil_whisper.filtering import is_kept
 from distil_whisper.mixing import Share, TrainingSet, workers
 
-LANES, ROWS_OF_A_LANE = (
-    16,
-    8,
-)  # lanes of a small batch, or as many as it has rows; a large one has so many rows of each
+LANES = 16  # of a small batch, at most
+ROWS_OF_A_LANE = 8  # in a large batch
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows
         (["--lr_scheduler_type", "lineer"], "linear"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_restarts"),
         (["--learning_rate", -1], "--learning_rate is -1.0; it must be 0 or more"),
+        (["--adam_beta2", 1], "--adam_beta2 is 1.0; it must be at least 0 and below 1"),
         (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be 0 or more"),
         (["--max_steps", 0, "--num_train_epochs", 0], "--num_train_epochs is 0; it must be above 0"),
     ],

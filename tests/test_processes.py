@@ -81,7 +81,7 @@ def test_engines_that_cannot_train_a_student_are_refused(kind, version, found):
 @pytest.mark.slow
 def test_streamed_training_in_two_processes(student, taught, labelled, tmp_path):
     flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test", "--teacher_model_name_or_path", taught]
-    said = train_twice(student, labelled, tmp_path, [*flags, "--streaming"])  # which compares the two
+    said = train_twice(student, labelled, tmp_path, [*flags, "--streaming"], begun)  # which compares the two
     assert said.count("step 4: loss") == 1
 
 
@@ -108,7 +108,8 @@ def test_the_configuration_for_a_cpu_starts_two_processes(tmp_path):
     script = tmp_path / "count.py"
     script.write_text("from accelerate import Accelerator\nprint(f'of {Accelerator().num_processes}')\n")
     config = ROOT / "scripts/accelerate/ddp_cpu_2.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout.count("of 2")) == (0, 2), ran.stderr

@@ -150,15 +150,13 @@ class Everything:
         ([1000, *[7] * 40], True),
         ([1000, 100], False),
         ([3000], False),
-        ([500] * 64, False),
+        ([500] * 80, False),
     ],
 )
 def test_files_of_any_sizes_are_seen_evenly(sizes, counted, batch):
     """After as many draws as there are rows, nearly all were drawn once; uncounted files are few or of like size."""
     sets = [TrainingSet(Files(sizes, counted), None, Everything())]
     of = StreamMixture(sets, None, SEED, 1000, batch)
-    if not counted and of.lanes < len(sizes) and len(sizes) % of.lanes:
-        return  # such files are dealt whole, some lanes more of them
     rows, _ = of_lanes(of, sum(sizes) // batch)
     drawn = Counter(row.row["text"] for of_batch in rows for row in of_batch)
     assert len(drawn) >= 0.97 * sum(sizes) - batch
@@ -293,7 +291,8 @@ class OnlyRow:
         return "kept" if row["text"] == self.only[0] and (audio is None or audio["bytes"] == self.only[1]) else "left"
 
 
-def test_every_other_row_of_a_unit(make_sets):
+def test_every_other_row_of_a_unit(make_sets, monkeypatch):
+    monkeypatch.setattr("distil_whisper.reading._ROWS_AT_ONCE", 3)  # so that a unit is read in several tables
     for streaming in (False, True):
         (source, *_), _ = make_sets(streaming)
         whole = [row["text"] for row in source.source.rows(0)]
