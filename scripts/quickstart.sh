@@ -7,20 +7,34 @@ source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 
 out=outputs/quickstart
-mkdir -p "$out/finished"
+mkdir -p "$out/finished" "$out/seconds"
 
-# stage NAME COMMAND...: run the command unless it was finished before, and keep the seconds that it took
+# Figures of stages that different scripts ran do not belong in one table.
+version=$(cat scripts/quickstart* scripts/speech.py scripts/toy_whisper.py | cksum)
+if [ "$(cat "$out/version" 2>/dev/null || echo "$version")" != "$version" ]; then
+    echo "$out was made by another version of the quickstart: remove that folder (rm -r $out) to run this one" >&2
+    exit 1
+fi
+echo "$version" > "$out/version"
+
+# stage NAME COMMAND...: run the command unless it was finished before, and keep the seconds that it took, those before
+# an interruption included
 stage() {
-    local name=$1 began=$SECONDS
+    local name=$1 before seconds
     shift
     if [ -e "$out/finished/$name" ]; then
         echo "== $name: finished before, in $(cat "$out/finished/$name") s"
         return
     fi
     echo "== $name"
+    before=$(cat "$out/seconds/$name" 2>/dev/null || echo 0)
+    SECONDS=$before
+    trap 'echo "$SECONDS" > "$out/seconds/$name"' EXIT
     "$@"
-    echo $((SECONDS - began)) > "$out/finished/$name"
-    echo "== $name took $((SECONDS - began)) s"
+    trap - EXIT
+    seconds=$SECONDS
+    echo "$seconds" > "$out/finished/$name"
+    echo "== $name took $seconds s"
 }
 
 common=(--language en --report_to none)
