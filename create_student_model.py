@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from transformers import WhisperForConditionalGeneration
 
 from distil_whisper import hub
-from distil_whisper.arguments import option, parse
+from distil_whisper.arguments import HubFields, option, parse
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.models import load_whisper, save_whisper
 from distil_whisper.outputs import OutputFolder, public_arguments
@@ -25,7 +25,7 @@ STAGE = "create_student_model"
 
 
 @dataclass
-class Arguments:
+class Arguments(HubFields):
     """What the student is made of and where it goes."""
 
     teacher_checkpoint: str = option("", "The teacher: a name on the Hub or a folder.")
@@ -42,9 +42,6 @@ class Arguments:
     overwrite_output_dir: bool = option(
         False, "Replace a student that was made in this folder with other arguments (nothing else is removed)."
     )
-    push_to_hub: bool = option(False, "Push the student to the Hugging Face Hub.")
-    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the save folder.")
-    hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:

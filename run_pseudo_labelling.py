@@ -38,7 +38,7 @@ from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
 from distil_whisper.plan import estimate
-from distil_whisper.progress import bar, quiet_libraries
+from distil_whisper.progress import bar, quiet_libraries, shown
 from distil_whisper.reading import Source
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
@@ -275,6 +275,8 @@ def label_shard(job: Job, source: Source, labeller: UnitLabeller, shard: ShardIn
         before, job.batches = job.batches, job.batches + -(-len(rows) // job.args.per_device_eval_batch_size)
         if job.batches // steps > before // steps:
             shard.keep(tally.progress())
+            if not shown():  # where there is a bar, it says that
+                job.accelerator.print(f"{shard.shard.name}: {tally.rows:,} windows labelled")
             hours = {"rows_of_shard": tally.rows, "audio_hours_of_shard": tally.seconds / 3600}
             job.trackers.log(hours, job.batches)
     shard.finish(tally.progress())

@@ -64,7 +64,16 @@ class DataFields:
 
 
 @dataclass
-class RunFields:
+class HubFields:
+    """Whether what a run makes goes to the Hub."""
+
+    push_to_hub: bool = option(False, "Push what this stage makes to the Hugging Face Hub.")
+    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the output folder.")
+    hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
+
+
+@dataclass
+class RunFields(HubFields):
     """What a run writes and whom it tells."""
 
     output_dir: str = option("", "Folder for everything that this stage writes.")
@@ -79,9 +88,6 @@ class RunFields:
     )
     wandb_project: str = option("distil-whisper", "Project name for the trackers.")
     wandb_name: str | None = option(None, "Name of this run in the trackers.")
-    push_to_hub: bool = option(False, "Push what this stage makes to the Hugging Face Hub.")
-    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the output folder.")
-    hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
     seed: int = option(42, "Seed of every random draw.")
     ddp_timeout: int = option(1800, "Seconds that processes wait for one another before a run is given up.")
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from distil_whisper.alignment import word_owners
 from distil_whisper.normalisation import Normaliser
+from distil_whisper.tokens import TIMESTAMP_MARK
 
 REMOVED = "removed_spans"  # a key of rows that were cut: [start, end] in seconds of what their audio loses
 _PARTS = ("utterance_ids", "utterance_starts", "utterance_texts", "utterance_wer")
-_MARK = re.compile(r"<\|(\d+\.\d\d)\|>")
 
 
 def cut_utterances(row: dict, bad: set[int], normaliser: Normaliser) -> dict | None:
@@ -50,7 +50,7 @@ def cut_samples(samples: np.ndarray, spans: list[list[float]] | None, sampling_r
 def _pieces(transcript: str, spaceless: bool) -> list[str | float]:
     """Words (characters, where no spaces are written) with the space before them, and times in seconds, in order."""
     pieces: list[str | float] = []
-    for position, part in enumerate(_MARK.split(transcript)):
+    for position, part in enumerate(TIMESTAMP_MARK.split(transcript)):
         pieces += [float(part)] if position % 2 else re.findall(r"\s*\S" if spaceless else r"\s*\S+", part)
     return pieces
 

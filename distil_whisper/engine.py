@@ -13,7 +13,7 @@ PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 def make_accelerator(args, *handlers, **options) -> Accelerator:
     """accelerate with our trackers and timeout."""
     return Accelerator(
-        log_with=resolve_report_to(args.report_to),
+        log_with=resolve_report_to(args.report_to, args.output_dir),
         project_config=project_configuration(args.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)), *handlers],
         **options,

@@ -75,6 +75,8 @@ def load_whisper(
         missing = sorted(report["missing_keys"])
         raise UserError(f"{argument} {name} lacks {len(missing)} weights, such as {missing[0]}")
     tokenizer = _load(WhisperTokenizer, name, argument, cache_dir=cache_dir)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what is made where there are no files
+        raise UserError(f"{argument} {name} has no tokenizer; put that of its teacher beside it (tokenizer.json)")
     feature_extractor = _load(WhisperFeatureExtractor, name, argument, cache_dir=cache_dir)
     grammar = Grammar(tokenizer, is_multilingual(model, tokenizer), config.max_target_positions)
     complete_generation_config(model, grammar)

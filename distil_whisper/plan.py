@@ -14,7 +14,7 @@ from datasets import Features
 
 from distil_whisper.handoff import shard_writer
 from distil_whisper.labelling import Tally, UnitLabeller
-from distil_whisper.reading import Source
+from distil_whisper.reading import Source, Unit
 
 TRIAL_UNITS, TRIAL_RUNS, ROWS_LOOKED_AT = 4, 2, 200
 
@@ -55,7 +55,7 @@ def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan
     heard = sum(trial.seconds for trial in trials)
     if not heard:
         return Plan(source.label, sum(known), units, 0.0, 0.0, 0.0)
-    lengths = [seconds for unit in chosen for seconds in _lengths(source, unit, labeller.columns.audio)]
+    lengths = [seconds for unit in chosen for seconds in _lengths(source, source.units[unit], labeller.columns.audio)]
     audio_seconds = statistics.fmean(lengths or [0.0]) * sum(known)
     pace, size = (sum(getattr(trial, name) for trial in trials) / heard for name in ("took", "bytes"))
     return Plan(source.label, sum(known), units, audio_seconds / 3600, audio_seconds * pace, audio_seconds * size)
@@ -84,9 +84,13 @@ def _trial(source: Source, unit: int, labeller: UnitLabeller, features: Features
         return Trial(tally.seconds, took, path.stat().st_size if path.exists() else 0)
 
 
-def _lengths(source: Source, unit: int, audio_column: str) -> Iterator[float]:
-    """Seconds of the first rows of a unit, from the headers of their files; those that cannot be read have none."""
-    for row in islice(source.rows(unit, [audio_column]), ROWS_LOOKED_AT):
+def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float]:
+    """Seconds of rows of a unit, from the headers of their files; those that cannot be read have none.
+
+    The rows are spread over the unit where that does not mean to fetch what lies between them.
+    """
+    step = 1 if source.streaming else max((unit.rows or 0) // ROWS_LOOKED_AT, 1)
+    for row in islice(source.rows(unit.index, [audio_column], step=step), ROWS_LOOKED_AT):
         audio = row[audio_column]
         try:
             yield soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]).duration

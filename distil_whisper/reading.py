@@ -4,11 +4,13 @@ import bisect
 import difflib
 import hashlib
 import itertools
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import multiprocess
 from datasets import (
     Audio,
     Dataset,
@@ -305,6 +307,8 @@ def _stream(builder, split: str) -> IterableDataset:
 def _prepared(builder, split: str, num_proc: int) -> tuple[Dataset, list[int] | None]:
     """The split as a map-style dataset, and how many rows each of its files gave (None for a slice)."""
     datasets_config.SAVE_ORIGINAL_SHARD_LENGTHS = True
+    for library in (multiprocess, multiprocessing):  # what `datasets` makes its workers with
+        library.set_start_method("spawn", force=True)  # forked after torch began its threads, one can hang
     try:
         builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
         lengths = None if "[" in split else _rows_of_files(builder, split)

@@ -11,13 +11,12 @@ from accelerate import Accelerator
 from distil_whisper import hub
 from distil_whisper.metrics import RATES
 from distil_whisper.outputs import OutputFolder, public_arguments
-from distil_whisper.trackers import Trackers
+from distil_whisper.trackers import TABLE_ROWS, Trackers
 
 RTFX_MEANS = (
     "seconds of audio per second that a process spends on log-mel, encoder and decoding; reading and decoding audio "
     "files is left out, and so is the first batch of the run, unless it is the only one"
 )
-SHOWN = 50  # predictions that trackers with tables are given
 
 
 class Report:
@@ -69,7 +68,7 @@ class Report:
                 "arguments": public_arguments(self.args),
             },
         )
-        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in predictions[:SHOWN]]
+        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in predictions[:TABLE_ROWS]]
         self.trackers.log_table(f"{self.form}/{label}", ["row", "reference", "prediction"], shown, step=0)
 
     def _own_label(self, label: str) -> str:

@@ -16,7 +16,7 @@ from distil_whisper.errors import UserError, nearest
 TIME_PRECISION = 0.02  # seconds between two timestamp tokens, in every Whisper vocabulary
 IGNORED = -100  # a label that the loss passes over
 SPACELESS_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "my", "km", "bo"})
-_MARK = re.compile(r"<\|(\d+\.\d\d)\|>")
+TIMESTAMP_MARK = re.compile(r"<\|(\d+\.\d\d)\|>")
 _TOKEN_OPENING = re.compile(r"(?<=<)(?=\|)")
 _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 
@@ -118,7 +118,7 @@ class Grammar:
         """A `whisper_transcript`: the teacher's text, its `<|1.20|>` marks, and the prefix and end token of datasets
         that were labelled elsewhere, which are dropped. Whatever else looks like a special token is text."""
         text = self._without_frame(text)
-        pieces = _MARK.split(text)  # text, seconds, text, seconds, ..., text
+        pieces = TIMESTAMP_MARK.split(text)  # text, seconds, text, seconds, ..., text
         if len(pieces) == 1:
             return Target(self.encode_text(text), False)
         ids: list[int] = []
@@ -217,7 +217,7 @@ class Grammar:
         if "<|startoftranscript|>" in text:
             text = text.split("<|startoftranscript|>", 1)[1]
             while match := _SPECIAL.match(text):
-                if _MARK.fullmatch(match.group()):
+                if TIMESTAMP_MARK.fullmatch(match.group()):
                     break
                 text = text[match.end() :]
         return text.split("<|endoftext|>", 1)[0]

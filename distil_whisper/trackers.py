@@ -14,14 +14,15 @@ from distil_whisper.outputs import OutputFolder, write_text
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 METRICS_FILE = "metrics.jsonl"
+TABLE_ROWS = 50  # predictions that an evaluation shows in a table
 FOLDERS = {"tensorboard": "runs", "wandb": "wandb"}  # that a tracker makes in the output folder
 
 
-def resolve_report_to(report_to: list[str]) -> list[str] | None:
+def resolve_report_to(report_to: list[str], output_dir: str) -> list[str] | None:
     """The names of the trackers to use, None for none. Raises UserError for an unknown name or a missing package.
 
     The default is tensorboard, and wandb where a login or a WANDB_MODE is configured. wandb asked for without a login
-    runs offline, which is said in one line.
+    runs offline below output_dir, which is said in one line.
     """
     if report_to == ["default"]:
         return ["tensorboard", "wandb"] if _wandb_is_configured() else ["tensorboard"]
@@ -34,8 +35,8 @@ def resolve_report_to(report_to: list[str]) -> list[str] | None:
     if "wandb" in names and not os.environ.get("WANDB_MODE") and not _wandb_is_configured():
         os.environ["WANDB_MODE"] = "offline"
         if os.environ.get("RANK", "0") == "0":
-            folder = "OUTPUT_DIR/wandb/offline-run-*"
-            print(f"wandb has no login here, so it runs offline; upload the run later with: wandb sync {folder}")
+            runs = Path(output_dir) / FOLDERS["wandb"] / "offline-run-*"
+            print(f"wandb has no login here, so it runs offline; upload the run later with: wandb sync {runs}")
     return names or None
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 from accelerate.utils import gather_object
 
@@ -162,8 +163,10 @@ class Mixture:
         """This process's batches without end, from a batch number on; `kept` is what `to_keep` gave there."""
         workers = self.args.dataloader_num_workers
         if self.args.streaming:
-            mixture = self._stream_mixture()
-            parts = StreamParts(mixture, self.maker, self.collator, self.share, start, mixture.resumed(kept, say))
+            places = self._stream_mixture.resumed(kept, say)
+            parts = StreamParts(self._stream_mixture, self.maker, self.collator, self.share, start, places)
+            if workers > len(parts.shares):
+                say(f"of --dataloader_num_workers {workers}, a batch of this size keeps {len(parts.shares)} busy")
             self._streamed = StreamBatches(parts, workers, self.collator.padding)
             return self._streamed
         grouping = self.args.group_by_length
@@ -178,8 +181,9 @@ class Mixture:
         places: Places = {}
         for of_process in gather_object([self._streamed.places]):
             places |= of_process
-        return self._stream_mixture().to_keep(places)
+        return self._stream_mixture.to_keep(places)
 
+    @cached_property
     def _stream_mixture(self) -> StreamMixture:
         args, size = self.args, self.share.batch_size * self.share.processes
         return StreamMixture(self.sets, self.weights, args.seed, args.shuffle_buffer_size, size)

@@ -18,8 +18,7 @@ from distil_whisper.normalisation import Normaliser
 from distil_whisper.progress import bar
 from distil_whisper.reading import Source
 from distil_whisper.tokens import plain_text
-
-SHOWN = 50  # predictions that trackers with tables are given
+from distil_whisper.trackers import TABLE_ROWS
 
 
 @dataclass(frozen=True)
@@ -178,4 +177,4 @@ class Validator:
             result.values |= {
                 f"eval/{name}/{figure}": scores[figure] for figure in ("wer", "cer", "wer_ortho", "cer_ortho")
             }
-            result.tables[name] = [list(row) for row in spoken[:SHOWN]]
+            result.tables[name] = [list(row) for row in spoken[:TABLE_ROWS]]

@@ -2,6 +2,7 @@
 the numbers are those of our list. What a part of the package decides alone is tested with that part."""
 
 import json
+import shutil
 import socket
 from dataclasses import replace
 from itertools import pairwise
@@ -151,13 +152,14 @@ def test_11_error_rates_need_no_network_and_no_loading(student, labelled, monkey
 
 
 def test_12_nothing_is_forked(student, labelled, monkeypatch, tmp_path):
-    """With processes asked for, the filter spawns them, and `Dataset.map` is not called."""
+    """With processes asked for, conversion and filter spawn them, and `Dataset.map` is not called."""
+    data = shutil.copytree(labelled, tmp_path / "never read")
     monkeypatch.setattr(distil_whisper.filtering, "ROWS_PER_TASK", 13)
     monkeypatch.setattr(Dataset, "map", None)
     monkeypatch.setattr("os.fork", None)
     torch.ones(500, 500) @ torch.ones(500, 500)
     flags = ["--preprocessing_num_workers", 2, "--wer_threshold", 1e6, "--max_steps", 1]
-    assert metrics(train_few(student, labelled, tmp_path, *SFT, *flags), "train/loss")
+    assert metrics(train_few(student, data, tmp_path / "out", *SFT, *flags), "train/loss")
 
 
 def test_13_the_normaliser_follows_the_language_of_the_rows(

@@ -22,9 +22,9 @@ EVALUATION = ["--do_eval", "--predict_with_generate", "--eval_steps", 2]
 WHOLE = ["--per_device_train_batch_size", 6, "--per_device_eval_batch_size", 6, "--gradient_accumulation_steps", 2]
 HALF = ["--per_device_train_batch_size", 3, "--per_device_eval_batch_size", 3, "--gradient_accumulation_steps", 2]
 
-
-SHARDED = ["-m", "accelerate.commands.launch", "--config_file", "scripts/accelerate/fsdp.yaml", "--num_processes", "2"]
-SHARDED += ["--main_process_port", "0", "tests/sharded.py"]
+TWO = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
+DDP = [*TWO, "scripts/accelerate/ddp.yaml"]
+SHARDED = [*TWO, "scripts/accelerate/fsdp.yaml", "tests/sharded.py"]
 
 
 def train_twice(student, labelled, folder, flags, start=lambda one, two: None, launcher=None):
@@ -51,7 +51,7 @@ def begun(one, two):
     shutil.copytree(one / "checkpoint-2", two / "checkpoint-2", dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("launcher", [None, SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("launcher", [DDP, SHARDED], ids=["ddp", "fsdp"])
 def test_training_goes_on_in_two_processes(launcher, student, taught, labelled, tmp_path):
     """From a checkpoint of one process. Seven rows to evaluate: the last batch has one for two processes."""
     flags = [*TRAINING, *EVALUATION, "--eval_split_name", "test[:7]", "--teacher_model_name_or_path", taught]
@@ -85,7 +85,7 @@ def test_streamed_training_in_two_processes(student, taught, labelled, tmp_path)
     assert said.count("step 4: loss") == 1
 
 
-@pytest.mark.parametrize("launcher", [None, SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("launcher", [None, SHARDED], ids=["torchrun", "fsdp"])
 def test_labelling_in_two_processes(launcher, taught, labelled, speech_folder, tmp_path):
     """Configured for FSDP or not, every process has the whole teacher."""
     names = ["--model_name_or_path", taught, "--dataset_name", speech_folder, "--output_dir", tmp_path / "labelled"]

@@ -95,10 +95,11 @@ def test_a_manifest_of_local_files(taught, utterances, tmp_path):
     assert all(isinstance(row["wer"], float) for row in rows)
 
 
-def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_path):
+def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_path, capsys):
     flags = ["--logging_steps", 2, "--per_device_eval_batch_size", 3]
     folder = label(taught, speech_folder, tmp_path, *ENGLISH, *flags)
     assert [line["rows_of_shard"] for line in metrics(folder, "rows_of_shard")] == [6, 12, 6, 12]
+    assert "default/train-00001-of-00002.parquet: 6 windows labelled" in capsys.readouterr().out  # no terminal, no bar
 
 
 def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utterances, tmp_path):

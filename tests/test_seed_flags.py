@@ -1,23 +1,26 @@
-"""The tutorial's commands: every flag parses, and every flag of stages 1 to 3 has its effect."""
+"""The tutorial's commands: every flag parses, and every flag has its effect."""
 
 import importlib
+import json
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partialmethod
 
 import pytest
 import torch
 from datasets import load_dataset
-from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, train_few, weights
+from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, run, train_few, weights
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import distil_whisper.sources
 import distil_whisper.training_sets
 import run_distillation
 import run_pseudo_labelling
-from distil_whisper import engine, labelling, mixing, validation
+from distil_whisper import engine, evaluation, labelling, mixing, validation
 from distil_whisper.distiller import Distiller
 from distil_whisper.trackers import resolve_report_to
+from distil_whisper.transcribers import Sequential, ShortForm
 
 COMMANDS = {
     "run_pseudo_labelling": """
@@ -117,6 +120,24 @@ EFFECTS = {
         "streaming": "test_nothing_is_prepared_on_disk_when_streaming",
         "push_to_hub": "test_pipeline.test_the_tutorial_from_a_model_repository_to_the_hub",
     },
+    "run_short_form_eval": {
+        "model_name_or_path dataset_name output_dir text_column_name language": (
+            "test_evaluation.test_short_form_counts_what_it_leaves_out"
+        ),
+        "dataset_config_name": "test_the_evaluations_read_configs_apart",
+        "dataset_split_name streaming": "test_evaluation.test_several_datasets_by_plus_and_streaming_give_the_same",
+        "per_device_eval_batch_size dtype dataloader_num_workers report_to generation_max_length attn_type": (
+            "test_how_an_evaluation_computes"
+        ),
+    },
+    "run_long_form_eval": {
+        "model_name_or_path dataset_name output_dir text_column_name language return_timestamps": (
+            "test_evaluation.test_long_form_transcribes_all_of_a_recording"
+        ),
+        "dataset_config_name dataset_split_name": "test_the_evaluations_read_configs_apart",
+        "chunk_length_s": "test_evaluation.test_chunks_are_those_of_the_pipeline",
+        "per_device_eval_batch_size dtype report_to streaming": "test_how_an_evaluation_computes",
+    },
 }
 
 
@@ -198,6 +219,7 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(mixing, "DataLoader", loader)
     monkeypatch.setattr(validation, "DataLoader", loader)
+    monkeypatch.setattr(evaluation, "DataLoader", loader)
     monkeypatch.setattr(distil_whisper.sources, "open_source", open_source)
     monkeypatch.setattr(distil_whisper.training_sets, "keep_rows", keep_rows)
     monkeypatch.setattr(Distiller, "forward", forward)
@@ -247,6 +269,53 @@ def test_how_labelling_computes(watched, monkeypatch, taught, speech_folder, tmp
     assert watched.options["kwargs_handlers"][0].timeout.total_seconds() == 7200
 
 
+@pytest.mark.parametrize("form", ["short_form", "long_form"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_how_an_evaluation_computes(form, streaming, watched, monkeypatch, toy_teacher, speech_folder, tmp_path):
+    """8 rows, 5 at once, in the type, with the attention, the workers and the limit that were asked for."""
+    script, projects, models, sizes = importlib.import_module(f"run_{form}_eval"), [], [], []
+
+    def load_model(*arguments, load=script.load_model):
+        models.append(load(*arguments))
+        return models[-1]
+
+    def transcribe(self, waveforms, *told, call):
+        sizes.append(len(waveforms))
+        return call(self, waveforms, *told)
+
+    monkeypatch.setattr(script, "load_model", load_model)
+    for transcriber in (ShortForm, Sequential):
+        monkeypatch.setattr(transcriber, "__call__", partialmethod(transcribe, call=transcriber.__call__))
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda self, project, **_: projects.append(project))
+    names = ["--model_name_or_path", toy_teacher, "--dataset_name", speech_folder, "--output_dir", tmp_path]
+    compute = ["--dtype", "bfloat16", "--attn_type", "flash_attn", "--dataloader_num_workers", 16]
+    flags = ["--per_device_eval_batch_size", 5, "--generation_max_length", 3, "--streaming", streaming]
+    read = ["--cache_dir", tmp_path / "cache", "--report_to", "wandb", "--wandb_project", "evaluations"]
+    run(f"run_{form}_eval", *names, *ENGLISH, *compute, *flags, *read)
+    (whisper,) = models
+    assert whisper.model.dtype == torch.bfloat16 and whisper.model.config._attn_implementation == "sdpa"
+    assert sizes == [5, 3] and watched.workers == [16]
+    heard = [json.loads(line)["prediction"] for line in (tmp_path / f"{form}_predictions.jsonl").open()]
+    tokens = [len(whisper.tokenizer.encode(text, add_special_tokens=False)) for text in heard]
+    assert len(tokens) == 8 and max(tokens) <= 3 + 3 * (form == "long_form")  # a long recording has several windows
+    assert projects == ["evaluations"] and watched.options["log_with"] == ["wandb"]
+    assert bool(list((tmp_path / "cache").rglob("*.arrow"))) != streaming
+
+
+@pytest.mark.parametrize("form", ["short_form", "long_form"])
+def test_the_evaluations_read_configs_apart(form, toy_teacher, two_configs, tmp_path):
+    names = ["--model_name_or_path", toy_teacher, "--dataset_name", two_configs, "--output_dir", tmp_path]
+    flags = ["--dataset_config_name", "hi+en", "--dataset_split_name", "train", "--generation_max_length", 3]
+    run(f"run_{form}_eval", *names, *flags, *ENGLISH, "--report_to", "none", "--max_samples", 2)
+    found = json.loads((tmp_path / f"{form}_results.json").read_text())["datasets"]
+    assert [(entry["config"], entry["split"], entry["rows"]) for entry in found] == [
+        ("hi", "train", 2),
+        ("en", "train", 2),
+    ]
+    heard = [json.loads(line)["reference"] for line in (tmp_path / f"{form}_predictions.jsonl").open()]
+    assert heard == [row["text"] for config in ("hi", "en") for row in rows_of(two_configs, config=config)[:2]]
+
+
 def test_labels_have_so_many_tokens_at_most(taught, speech_folder, tmp_path):
     flags = ["--max_label_length", 3, "--return_timestamps", "--decode_token_ids", False]
     rows = rows_of(label(taught, speech_folder, tmp_path, *ENGLISH, *SPEAKERS, *flags))
@@ -255,29 +324,27 @@ def test_labels_have_so_many_tokens_at_most(taught, speech_folder, tmp_path):
     assert any(row["condition_on_prev"] is None for row in rows[1:4])
 
 
-def test_configs_are_read_apart(student, taught, speech_folder, labelled, seen, tmp_path):
+@pytest.fixture(scope="module")
+def two_configs(tmp_path_factory, speech_folder):
     """A dataset whose README gives each of two configs one of its files."""
-    data = tmp_path / "speech"
-    (data / "data").mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("configs") / "speech"
+    (folder / "data").mkdir(parents=True)
     configs = []
     for index, config in enumerate(("hi", "en")):
         name = f"data/train-0000{index}-of-00002.parquet"
-        (data / name).write_bytes((speech_folder / name).read_bytes())
+        (folder / name).write_bytes((speech_folder / name).read_bytes())
         configs.append({"config_name": config, "data_files": [{"split": "train", "path": name}]})
-    (data / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
-    out = label(taught, data, tmp_path / "labels", *ENGLISH, "--dataset_config_name", "hi+en")
+    (folder / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+    return folder
+
+
+def test_configs_are_read_apart(student, taught, two_configs, labelled, seen, tmp_path):
+    out = label(taught, two_configs, tmp_path / "labels", *ENGLISH, "--dataset_config_name", "hi+en")
     expected = [row["id"] for row in rows_of(labelled)]
     assert [row["id"] for config in ("hi", "en") for row in rows_of(out, config=config)] == expected
     names = [f"{out}+{out}", "--train_dataset_config_name", "hi+en", "--train_split_name", "train"]
-    evaluate = [
-        "--do_eval",
-        "--eval_dataset_name",
-        data,
-        "--eval_dataset_config_name",
-        "en",
-        "--eval_split_name",
-        "train",
-    ]
+    evaluate = ["--do_eval", "--eval_dataset_name", two_configs, "--eval_dataset_config_name", "en"]
+    evaluate += ["--eval_split_name", "train"]
     folder = train_few(student, names[0], tmp_path / "out", *names[1:], *ENGLISH, "--kl_weight", 0, *evaluate)
     assert {row_id.split("/")[1] for row_id, _ in seen.rows} == {"hi", "en"}
     assert "eval/speech/en/train/loss" in metrics(folder, "eval/loss")[0]
@@ -331,12 +398,13 @@ def test_wandb_without_a_login_runs_offline(monkeypatch, tmp_path, capsys):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_report_to(["default"]) == ["tensorboard"] and resolve_report_to(["wandb"]) == ["wandb"]
-    assert "wandb sync" in capsys.readouterr().out
+    assert resolve_report_to(["default"], "out") == ["tensorboard"]
+    assert resolve_report_to(["wandb"], "out") == ["wandb"]
+    assert "wandb sync out/wandb/offline-run-*" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_MODE", "")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
     (tmp_path / ".netrc").chmod(0o600)
-    assert resolve_report_to(["default"]) == ["tensorboard", "wandb"]
+    assert resolve_report_to(["default"], "out") == ["tensorboard", "wandb"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,6 +9,7 @@ import torch
 import toy_whisper
 from conftest import WORDS, launch
 from safetensors import safe_open
+from stages import ENGLISH, train_few
 from transformers import (
     AutoTokenizer,
     WhisperFeatureExtractor,
@@ -183,28 +184,41 @@ def test_saved_student_is_complete(saved_student, toy_teacher):
     assert str(toy_teacher) not in "".join(path.read_text() for path in folder.glob("*.json"))
 
 
-def test_word_timestamps_come_in_order(saved_student, utterances):
-    transcribe = pipeline("automatic-speech-recognition", model=str(saved_student[0]))
-    audio = {"raw": utterances[0].samples, "sampling_rate": 16_000}
-    chunks = transcribe(
-        audio, return_timestamps="word", generate_kwargs={"language": "en", "num_beams": 1, "max_new_tokens": 20}
-    )["chunks"]
-    assert chunks
-    times = [time for chunk in chunks for time in chunk["timestamp"]]
-    assert times == sorted(times)
+@pytest.fixture(scope="module")
+def trained_student(tmp_path_factory, student, taught, labelled):
+    flags = ["--teacher_model_name_or_path", taught, "--freeze_encoder", "--timestamp_probability", 0.5]
+    return train_few(student, labelled, tmp_path_factory.mktemp("trained"), *ENGLISH, *flags)
 
 
-def test_saved_student_assists_its_teacher(saved_student, toy_teacher, utterances):
-    teacher = WhisperForConditionalGeneration.from_pretrained(toy_teacher)
-    assistant = WhisperForCausalLM.from_pretrained(saved_student[0])
-    student = WhisperForConditionalGeneration.from_pretrained(saved_student[0])
+@pytest.fixture(params=["new", "trained"])
+def teacher_and_student(request, toy_teacher):
+    """A student before and after its training, with its teacher."""
+    if request.param == "new":
+        return toy_teacher, request.getfixturevalue("saved_student")[0]
+    return request.getfixturevalue("taught"), request.getfixturevalue("trained_student")
+
+
+def test_word_timestamps_come_in_order(teacher_and_student, utterances):
+    transcribe = pipeline("automatic-speech-recognition", model=str(teacher_and_student[1]))
+    options = {"language": "en", "num_beams": 1, "max_new_tokens": 20}
+    for utterance in utterances[:3]:
+        audio = {"raw": utterance.samples, "sampling_rate": 16_000}
+        chunks = transcribe(audio, return_timestamps="word", generate_kwargs=options)["chunks"]
+        times = [time for chunk in chunks for time in chunk["timestamp"]]
+        assert times and times == sorted(times)
+
+
+def test_saved_student_assists_its_teacher(teacher_and_student, utterances):
+    names = [str(name) for name in teacher_and_student]
+    teacher, student = (WhisperForConditionalGeneration.from_pretrained(name) for name in names)
+    assistant = WhisperForCausalLM.from_pretrained(names[1])
     assert torch.equal(assistant.model.decoder.layers[1].fc1.weight, student.model.decoder.layers[1].fc1.weight)
-    features = WhisperFeatureExtractor.from_pretrained(toy_teacher)(
-        utterances[0].samples, sampling_rate=16_000, return_tensors="pt"
-    ).input_features
+    extract = WhisperFeatureExtractor.from_pretrained(names[0])
     options = {"language": "en", "task": "transcribe", "max_new_tokens": 20, "num_beams": 1}
-    alone = teacher.generate(features, **options)
-    assert torch.equal(alone, teacher.generate(features, assistant_model=assistant, **options))
+    for utterance in utterances[:3]:
+        features = extract(utterance.samples, sampling_rate=16_000, return_tensors="pt").input_features
+        alone = teacher.generate(features, **options)
+        assert torch.equal(alone, teacher.generate(features, assistant_model=assistant, **options))
 
 
 def test_english_only_teacher_and_a_single_layer(toy_english_only, tmp_path, capsys):
