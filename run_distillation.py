@@ -314,7 +314,7 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> torch.optim.Optim
         {"params": [p for name, p in trained if name not in decaying], "weight_decay": 0.0},
     ]
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=True)
 
 
 def train(run: Training, max_steps: int) -> None:

@@ -107,6 +107,9 @@ class Arguments(ModelFields, DataFields, RunFields):
         "What decodes: torch, or ctranslate2 (a converted copy of the teacher, in the type that --dtype says).",
         choices=["torch", "ctranslate2"],
     )
+    cuda_graphs: bool = option(
+        False, "Greedily on a GPU: launch a step of the decoder as one graph where few windows are left in a batch."
+    )
     max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.")
     decode_token_ids: bool = option(
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
@@ -150,6 +153,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; {Arguments.__dataclass_fields__[name].metadata['help']}")
+    if args.cuda_graphs and (args.backend != "torch" or args.generation_num_beams > 1):
+        raise UserError("--cuda_graphs is for greedy search with --backend torch; leave it out")
     if args.concatenate_audio and not (args.speaker_id_column_name or args.recording_id_column_name):
         raise UserError(
             "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name, to know which "
@@ -355,7 +360,7 @@ def make_decoder(args: Arguments, whisper: LoadedWhisper, device) -> Decoder:
         "return_timestamps": args.return_timestamps,
     }
     if args.backend == "torch":
-        return Decoder(whisper, **options)
+        return Decoder(whisper, cuda_graphs=args.cuda_graphs, **options)
     from distil_whisper.ctranslate2_backend import CTranslate2Decoder  # which takes a while to import
 
     return CTranslate2Decoder(whisper, device=device, **options)

@@ -37,7 +37,8 @@ from distil_whisper.reading import open_source
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import toy_whisper
 
-VARIANTS = ("reference", "engine", "engine_bfloat16", "ctranslate2")
+GRAPHS = ("engine_graphs",) if torch.cuda.is_available() else ()  # the engine with --cuda_graphs
+VARIANTS = ("reference", "engine", *GRAPHS, "engine_bfloat16", "ctranslate2")
 CLIPS = ("reference_clips", "engine_packed")
 TOLD = ("en", "transcribe")
 PREFIX = 3  # <|startoftranscript|>, language, task
@@ -122,6 +123,8 @@ def engine_of(variant: str):
     """What decodes in a variant."""
     if variant == "ctranslate2":
         return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
+    if variant in GRAPHS:
+        return partial(Engine, make=partial(Decoder, cuda_graphs=True))
     return Reference if variant.startswith("reference") else Engine
 
 
@@ -159,6 +162,11 @@ def error_rate(texts: list[str], tokens: list[list[int]], whisper: LoadedWhisper
     return 100 * jiwer.wer([rules(text) for text in texts], said)
 
 
+def ending(variant: str) -> str:
+    """What the names of a variant's figures end with."""
+    return "" if variant == "engine" else f"_{variant.removeprefix('engine_')}"
+
+
 def summarise(args, runs: dict[str, list[dict]]) -> dict:
     """Medians, ratios of pairs, and how many tokens are the reference's."""
     median = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items()}
@@ -190,13 +198,9 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "audio_seconds_per_second": {name: rate(of, lambda run: run["audio"]) for name, of in runs.items()},
         "tokens_per_second": {name: rate(of, lambda run: sum(map(len, run["tokens"]))) for name, of in runs.items()},
         "peak_gb": {name: statistics.median(run["peak"] for run in of) / 1e9 for name, of in runs.items()},
-        "speedup": speedup("engine"),
-        "speedup_bfloat16": speedup("engine_bfloat16"),
-        "speedup_ctranslate2": speedup("ctranslate2"),
         "speedup_packed": speedup("engine_packed", "reference_clips"),
-        "token_agreement": agreement("engine"),
-        "token_agreement_bfloat16": agreement("engine_bfloat16"),
-        "token_agreement_ctranslate2": agreement("ctranslate2"),
+        **{f"speedup{ending(name)}": speedup(name) for name in VARIANTS[1:]},
+        **{f"token_agreement{ending(name)}": agreement(name) for name in VARIANTS[1:]},
         "wer": {name: of[0]["wer"] for name, of in runs.items()},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
@@ -211,9 +215,9 @@ def show(result: dict) -> None:
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
         print(f"{name:18}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
-    for name in ("", "_bfloat16", "_ctranslate2"):
-        speedup, agreement = result[f"speedup{name}"], result[f"token_agreement{name}"]
-        print(f"engine{name}: {speedup:.2f} times as fast, {agreement:.4f} of the tokens equal")
+    for name in VARIANTS[1:]:
+        speedup, agreement = result[f"speedup{ending(name)}"], result[f"token_agreement{ending(name)}"]
+        print(f"{name}: {speedup:.2f} times as fast, {agreement:.4f} of the tokens equal")
     print(f"engine, clips packed: {result['speedup_packed']:.2f} times as fast as a window for each clip")
 
 

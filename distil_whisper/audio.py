@@ -63,10 +63,10 @@ def duration(audio: Audio) -> float:
         return frames / file.samplerate
 
 
-def encode_flac(samples: np.ndarray, sampling_rate: int) -> bytes:
-    """Mono samples [n] in [-1, 1] as a 16-bit FLAC file; louder ones are clipped. sampling_rate in hertz."""
+def encode(samples: np.ndarray, sampling_rate: int, format: str = "FLAC") -> bytes:
+    """Mono samples [n] in [-1, 1] as a 16-bit FLAC or WAV file; louder ones are clipped. sampling_rate in hertz."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(samples, -1.0, 1.0), sampling_rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, np.clip(samples, -1.0, 1.0), sampling_rate, format=format, subtype="PCM_16")
     return buffer.getvalue()
 
 
@@ -128,8 +128,8 @@ class LogMel(nn.Module):
             spectrum = torch.stft(
                 samples.float(), self.n_fft, self.hop_length, window=self.window, return_complex=True
             )
-            # Not abs() ** 2: its square root takes as long as the transform.
-            power = torch.view_as_real(spectrum[..., :-1]).square().sum(-1)
+            spectrum = spectrum[..., :-1]
+            power = spectrum.real.square() + spectrum.imag.square()  # abs() takes a root, which is then undone
             logarithm = (self.filters @ power).clamp(min=LOG_FLOOR).log10()
             loudest = logarithm.amax(dim=(-2, -1), keepdim=True)
             return (torch.maximum(logarithm, loudest - LOG_RANGE) + 4.0) / 4.0

@@ -42,7 +42,8 @@ class Decoder:
     """Decodes batches of windows, greedily or with beams, on the device and in the type of the model.
 
     max_label_length: the most tokens after the prefix; the decoder's positions limit it in any case.
-    Raises UserError for numbers below 1.
+    cuda_graphs: greedily and with few rows, launch each step as one graph. Raises UserError for numbers below 1, and
+    for graphs without a GPU.
     """
 
     def __init__(
@@ -52,10 +53,14 @@ class Decoder:
         num_beams: int = 1,
         max_label_length: int | None = None,
         return_timestamps: bool = False,
+        cuda_graphs: bool = False,
     ):
         for name, value in (("number of beams", num_beams), ("maximum label length", max_label_length)):
             if value is not None and value < 1:
                 raise UserError(f"the {name} is {value}; it must be 1 or more")
+        if cuda_graphs and whisper.model.device.type != "cuda":
+            raise UserError("--cuda_graphs needs a GPU, and there is none; leave it out")
+        self.cuda_graphs = cuda_graphs
         self.model = whisper.model
         self.grammar = whisper.grammar
         self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
@@ -81,7 +86,7 @@ class Decoder:
         vocabulary = self.model.config.vocab_size
         rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
-        found = greedy_search(self.model, encoded, prefix, rules, most)
+        found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
 
     def _beams(

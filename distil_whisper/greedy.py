@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import WhisperForConditionalGeneration
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
+GRAPH_ROWS = 32  # with no more rows than these, a GPU computes a step faster than Python launches its kernels
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,43 @@ class Rules:
         return opened
 
 
+class Replayed:
+    """A function of tensors as a CUDA graph: its hundreds of kernels are launched as one.
+
+    What else it reads and writes must stay where it is, and writing it twice must do no harm.
+    """
+
+    def __init__(self, function, *arguments: torch.Tensor):
+        self.arguments = [argument.clone() for argument in arguments]
+        before, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(before)
+        with torch.cuda.stream(beside):  # once outside of the graph: the libraries then have their workspaces
+            function(*self.arguments)
+        before.wait_stream(beside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.result = function(*self.arguments)
+
+    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+        """The function's result, in the same memory each time."""
+        for place, argument in zip(self.arguments, arguments, strict=True):
+            place.copy_(argument)
+        self.graph.replay()
+        return self.result
+
+
 class DecoderSteps:
     """Whisper's decoder, some tokens at a time: the last hidden states that transformers computes.
 
     Keys and values of `encoded` [batch, positions, width] are computed once; those of the tokens, at most `most`, go
-    into tensors that are allocated once.
+    into tensors that are allocated once. graphs: with at most GRAPH_ROWS rows, a step of one token is a CUDA graph.
     """
 
-    def __init__(self, decoder, encoded: torch.Tensor, most: int):
+    def __init__(self, decoder, encoded: torch.Tensor, most: int, graphs: bool = False):
         self.decoder = decoder
+        self.graphs = graphs
+        self.graph: Replayed | None = None
+        self.places = torch.arange(most, device=encoded.device)
         self.length = 0
         batch = len(encoded)
         self.heard, self.said = [], []
@@ -106,15 +135,26 @@ class DecoderSteps:
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [batch, length, width] of the next tokens [batch, length]."""
-        decoder, begin, end = self.decoder, self.length, self.length + tokens.shape[1]
-        self.length = end
-        hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[begin:end]
+        begin, self.length = self.length, self.length + tokens.shape[1]
+        places = self.places[begin : self.length]
+        if not self.graphs or len(tokens) > GRAPH_ROWS or len(places) > 1:
+            return self._through(tokens, places, self.length)
+        if self.graph is None:
+            self.graph = Replayed(self._through, tokens, places)
+        return self.graph(tokens, places)
+
+    def _through(self, tokens: torch.Tensor, places: torch.Tensor, seen: int | None = None) -> torch.Tensor:
+        """The layers, for tokens at some places. seen: how many places there are up to the last of them; None for one
+        token that masks the places behind its own, so that the shapes are the same at every place."""
+        decoder, causal = self.decoder, len(places) > 1
+        mask = self.places <= places if seen is None else None
+        hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[places]
         for layer, heard, said in zip(decoder.layers, self.heard, self.said, strict=True):
             states = layer.self_attn_layer_norm(hidden)
             for cache, project in zip(said, (layer.self_attn.k_proj, layer.self_attn.v_proj), strict=True):
-                cache[:, :, begin:end] = _heads(project(states), layer.self_attn)
-            past = (cache[:, :, :end] for cache in said)
-            hidden = hidden + _attended(layer.self_attn, states, *past, causal=tokens.shape[1] > 1)
+                cache.index_copy_(2, places, _heads(project(states), layer.self_attn))
+            past = (cache[:, :, :seen] for cache in said)
+            hidden = hidden + _attended(layer.self_attn, states, *past, causal=causal, mask=mask)
             hidden = hidden + _attended(layer.encoder_attn, layer.encoder_attn_layer_norm(hidden), *heard)
             states = layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden)))
             hidden = hidden + layer.fc2(states)
@@ -122,6 +162,7 @@ class DecoderSteps:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone."""
+        self.graph = None
         self.heard, self.said = (
             [tuple(states[rows] for states in of_layer) for of_layer in caches] for caches in (self.heard, self.said)
         )
@@ -132,20 +173,25 @@ def _heads(states: torch.Tensor, attention) -> torch.Tensor:
     return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
 
-def _attended(attention, states: torch.Tensor, keys, values, causal: bool = False) -> torch.Tensor:
+def _attended(attention, states: torch.Tensor, keys, values, causal: bool = False, mask=None) -> torch.Tensor:
     """What an attention layer adds. Only the first call, which has no past, has several tokens (causal)."""
     queries = _heads(attention.q_proj(states) * attention.scaling, attention)
-    found = scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=1.0)
+    found = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
     return attention.out_proj(found.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()
 def greedy_search(
-    model: WhisperForConditionalGeneration, encoded: torch.Tensor, prefix: list[int], rules: Rules, most: int
+    model: WhisperForConditionalGeneration,
+    encoded: torch.Tensor,
+    prefix: list[int],
+    rules: Rules,
+    most: int,
+    graphs: bool = False,
 ) -> Found:
     """Decode encoder states [batch, positions, width] behind a prefix, to the end token or at most `most` tokens."""
     rows = torch.arange(len(encoded), device=encoded.device)
-    decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most - 1)
+    decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most - 1, graphs)
     inputs = torch.tensor([prefix], device=encoded.device).expand(len(encoded), -1)
     history = inputs[:, :0]
     tokens = torch.full((len(encoded), most), rules.end, device=encoded.device)
@@ -162,7 +208,7 @@ def greedy_search(
         left = int(running.sum())
         if left == 0:
             break
-        if left < COMPACT_BELOW * len(rows):
+        if left < COMPACT_BELOW * len(rows) and decode.graph is None:  # a graph costs the same with any rows in it
             kept = running.nonzero().flatten()
             rows, inputs, history = rows[kept], inputs[kept], history[kept]
             decode.keep(kept)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
-from distil_whisper.audio import AudioError, decode, encode_flac, stack
+from distil_whisper.audio import AudioError, decode, encode, stack
 from distil_whisper.decoding import Decoded, Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import batched
@@ -229,7 +229,7 @@ class UnitLabeller:
             }
         columns = self.columns
         kept = {self.renamed[name]: first[name] for name in columns.kept_in_windows() if name in self.renamed}
-        flac = encode_flac(window.samples, self.whisper.window.sampling_rate)
+        flac = encode(window.samples, self.whisper.window.sampling_rate)
         kept[self.renamed[columns.audio]] = {"bytes": flac, "path": None}
         if columns.text is not None:
             kept[self.renamed[columns.text]] = self._joined_text(window)

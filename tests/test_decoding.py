@@ -11,6 +11,7 @@ from transformers.generation.logits_process import (
     WhisperTimeStampLogitsProcessor,
 )
 
+from distil_whisper import greedy
 from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
@@ -89,6 +90,38 @@ def test_tokens_are_those_of_plain_generate(told, waveforms, timestamps, num_bea
         assert any(whisper.grammar.is_timestamp(token) for token in row.ids) or not timestamps
 
 
+class RunAgain:
+    """What stands in for a CUDA graph on a CPU: the same memory for arguments and result, and the function's work."""
+
+    made = 0
+
+    def __init__(self, function, *arguments):
+        RunAgain.made += 1
+        self.function, self.arguments = function, [argument.clone() for argument in arguments]
+        self.result = function(*self.arguments)
+
+    def __call__(self, *arguments):
+        for place, argument in zip(self.arguments, arguments, strict=True):
+            place.copy_(argument)
+        return self.result.copy_(self.function(*self.arguments))
+
+
+@pytest.mark.parametrize("graph_rows", [8, 5])
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_steps_of_one_shape_say_the_same(told, waveforms, monkeypatch, timestamps, graph_rows):
+    """As CUDA graphs have them, from the start or when few rows are left."""
+    whisper, words = told
+    expected = decode(whisper, words, waveforms, return_timestamps=timestamps)
+    monkeypatch.setattr(greedy, "Replayed", RunAgain)
+    monkeypatch.setattr(greedy, "GRAPH_ROWS", graph_rows)
+    decoder, before = Decoder(whisper, max_label_length=LIMIT, return_timestamps=timestamps), RunAgain.made
+    decoder.cuda_graphs = True
+    found = decoder(waveforms, words.get("language"), words.get("task"))
+    assert [row.ids for row in found] == [row.ids for row in expected]
+    assert [row.avg_logprob for row in found] == pytest.approx([row.avg_logprob for row in expected], abs=1e-4)
+    assert RunAgain.made == before + 1
+
+
 def recomputed_logprob(whisper, prefix, features, row, timestamps):
     """The mean log-probability of a row's tokens from one pass over all of them, and the rules of decoding."""
     config = copy.deepcopy(whisper.model.generation_config)
@@ -154,6 +187,11 @@ def test_a_multilingual_model_is_not_decoded_without_a_language(multilingual, wa
 def test_senseless_numbers_are_refused(multilingual, option):
     with pytest.raises(UserError, match="it must be 1 or more"):
         Decoder(multilingual, **option)
+
+
+def test_graphs_need_a_gpu(multilingual):
+    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
+        Decoder(multilingual, cuda_graphs=True)
 
 
 def test_decoding_leaves_no_hook_on_the_model(multilingual, waveforms):
