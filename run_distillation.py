@@ -102,9 +102,6 @@ class Arguments(ModelFields, DataFields, RunFields):
     max_label_length: int | None = option(None, "Leave out rows with longer labels, in tokens.")
     timestamp_probability: float = option(0.2, "Share of the samples that keep the timestamps of their labels.")
     condition_on_prev_probability: float = option(0.1, "Share of the samples that are given the previous text.")
-    normalizer: str | None = option(
-        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
-    )
     shuffle_buffer_size: int = option(
         1000, "Rows that are held to be shuffled in streaming mode, by all processes together."
     )

@@ -122,9 +122,6 @@ class Arguments(ModelFields, DataFields, RunFields):
     dry_run: bool = option(
         False, "Label a few windows as a trial, print rows, hours, time and disk that the whole takes, and stop."
     )
-    normalizer: str | None = option(
-        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
-    )
 
 
 @dataclass

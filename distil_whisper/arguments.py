@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper.errors import UserError, nearest
 
@@ -33,7 +34,7 @@ def option(default, help: str, **metadata):
 
 @dataclass
 class ModelFields:
-    """How a checkpoint is loaded and computed with."""
+    """How a checkpoint is loaded and computed with, and what it is told of the speech."""
 
     dtype: str = option(
         "float32",
@@ -50,7 +51,10 @@ class ModelFields:
     language: str | None = option(
         None, "Language of the speech, a code or a name (hi, Hindi). None for an English-only model."
     )
-    task: str | None = option(None, "transcribe or translate.", choices=["transcribe", "translate"])
+    task: str | None = option(None, "transcribe or translate.", choices=sorted(TASK_IDS))
+    normalizer: str | None = option(
+        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
+    )
 
 
 @dataclass

@@ -20,7 +20,7 @@ from distil_whisper.mixing import workers
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import Normaliser, normaliser
 from distil_whisper.reading import Source
-from distil_whisper.recordings import LANGUAGE_COLUMN, TOO_LONG, Columns, Place, Recording, Recordings, Share
+from distil_whisper.recordings import LANGUAGE_COLUMN, TOO_LONG, Place, Recording, Recordings, RowShare, TextColumns
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.tokens import language_and_task
 from distil_whisper.transcribers import Transcript
@@ -41,9 +41,6 @@ class EvaluationFields:
     )
     generation_num_beams: int = option(1, "Beams when decoding.", aliases=["--num_beams"])
     return_timestamps: bool = option(False, "Decode with timestamps, and keep them in the predictions.")
-    normalizer: str | None = option(
-        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
-    )
     max_samples: int | None = option(None, "Evaluate only so many rows of each dataset.")
     push_to_hub: bool = option(False, "Add the figures to the card of the model on the Hugging Face Hub.")
     hub_model_id: str | None = option(None, "The model's repository on the Hub. Default: the name of the model.")
@@ -57,7 +54,7 @@ class EvaluationSet:
     """
 
     source: Source
-    columns: Columns
+    columns: TextColumns
     language: str | None
     task: str | None
     normaliser: Normaliser
@@ -124,7 +121,7 @@ def _open_set(args, whisper: LoadedWhisper, source: Source, text: str | None) ->
     spoken = "en" if task == "translate" else language  # translations are English
     return EvaluationSet(
         source,
-        Columns(args.audio_column_name, text),
+        TextColumns(args.audio_column_name, text),
         language,
         task,
         normaliser(args.normalizer, spoken, whisper.tokenizer),
@@ -158,7 +155,7 @@ class Evaluator:
         self.transcriber = transcriber
         self.num_workers = num_workers
         self.longest = longest
-        self.share = Share(accelerator.process_index, accelerator.num_processes, limit)
+        self.share = RowShare(accelerator.process_index, accelerator.num_processes, limit)
         self.is_warm = False
 
     def __call__(self, split: EvaluationSet) -> tuple[dict, list[dict]]:

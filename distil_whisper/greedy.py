@@ -147,7 +147,7 @@ class DecoderSteps:
         """The layers, for tokens at some places. seen: how many places there are up to the last of them; None for one
         token that masks the places behind its own, so that the shapes are the same at every place."""
         decoder, causal = self.decoder, len(places) > 1
-        mask = self.places <= places if seen is None else None
+        mask = (self.places <= places)[None] if seen is None else None
         hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[places]
         for layer, heard, said in zip(decoder.layers, self.heard, self.said, strict=True):
             states = layer.self_attn_layer_norm(hidden)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
 
+from transformers.models.whisper.tokenization_whisper import TASK_IDS
+
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.audio import AudioError, decode, encode, stack
@@ -20,7 +22,6 @@ from distil_whisper.reading import Source
 from distil_whisper.tokens import compression_ratio, plain_text
 
 RUN_BATCHES = 8  # the windows of so many batches are sorted by what they cost, and then put back in order
-TASKS = ("transcribe", "translate")
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ class UnitLabeller:
         language = self.decoder.grammar.language_code(language) if language else self.settings.language
         if language is None and self.decoder.grammar.multilingual:
             raise UserError(f"no language in column {self.columns.language}")
-        if task and task not in TASKS:
-            raise UserError(f"the task {task!r} is not one of {', '.join(TASKS)}")
+        if task and task not in TASK_IDS:
+            raise UserError(f"the task {task!r} is not one of {', '.join(sorted(TASK_IDS))}")
         return language, task or self.settings.task
 
     def row(self, window: WindowAudio, decoded: Decoded, prompt: list[int] | None) -> dict:

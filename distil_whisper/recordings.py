@@ -17,7 +17,7 @@ Place = tuple[int, int]  # unit of the source, and row in it
 
 
 @dataclass(frozen=True)
-class Columns:
+class TextColumns:
     """Where a split keeps its audio and its transcripts."""
 
     audio: str
@@ -42,7 +42,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Share:
+class RowShare:
     """Which part of the rows a process takes, and the most rows of a split (None: all)."""
 
     rank: int
@@ -57,7 +57,7 @@ class Recordings(IterableDataset):
     split unusable comes as a UserError in place of a recording: a DataLoader would wrap its words in a traceback.
     """
 
-    def __init__(self, source: Source, columns: Columns, sampling_rate: int, longest: int | None, share: Share):
+    def __init__(self, source: Source, columns: TextColumns, sampling_rate: int, longest: int | None, share: RowShare):
         self.source = source
         self.columns = columns
         self.sampling_rate = sampling_rate

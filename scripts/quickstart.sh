@@ -41,8 +41,8 @@ common=(--language en --report_to none)
 # What a person would answer to accelerate config; by itself it gives a process one thread.
 launch=(accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
     --num_cpu_threads_per_process "$(python -c 'import os; print(os.cpu_count())')")
-train=("${launch[@]}" run_distillation.py "${common[@]}" --do_train --adam_beta2 0.98 --warmup_steps 50 --logging_steps 50 --save_steps 250
-    --save_total_limit 1 --per_device_train_batch_size 24 --per_device_eval_batch_size 50)
+train=("${launch[@]}" run_distillation.py "${common[@]}" --do_train --adam_beta2 0.98 --warmup_steps 50 --logging_steps 100 --save_steps 500
+    --save_total_limit 1 --per_device_train_batch_size 12 --per_device_eval_batch_size 50)
 augment=(--noise_probability 0.5 --noise_snr_db 5 25 --speed_perturbation 0.9 1.1)
 
 stage data python scripts/quickstart_data.py --data_dir "$out/data" --model_dir "$out/teacher_init"
@@ -50,7 +50,7 @@ stage data python scripts/quickstart_data.py --data_dir "$out/data" --model_dir 
 stage teacher "${train[@]}" --model_name_or_path "$out/teacher_init" --kl_weight 0 \
     --train_dataset_name "$out/data" --train_dataset_config_name windows \
     --timestamp_probability 0.5 --condition_on_prev_probability 0.1 "${augment[@]}" \
-    --learning_rate 2e-3 --max_steps 2000 --output_dir "$out/teacher"
+    --learning_rate 2e-3 --max_steps 4000 --output_dir "$out/teacher"
 
 stage labelled "${launch[@]}" run_pseudo_labelling.py "${common[@]}" --model_name_or_path "$out/teacher" --dataset_name "$out/data" \
     --concatenate_audio --recording_id_column_name recording --id_column_name id --speaker_id_column_name speaker \
@@ -61,7 +61,7 @@ stage student_init python create_student_model.py --teacher_checkpoint "$out/tea
 
 distil=(--model_name_or_path "$out/student_init" --train_dataset_name "$out/labelled" --freeze_encoder
     --eval_dataset_name "$out/data" --eval_dataset_config_name default --eval_split_name test --do_eval
-    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 1200 "${augment[@]}")
+    --predict_with_generate --generation_max_length 32 --learning_rate 1e-3 --max_steps 2400 "${augment[@]}")
 
 stage student "${train[@]}" "${distil[@]}" --teacher_model_name_or_path "$out/teacher" --wer_threshold 20 \
     --timestamp_probability 0.5 --condition_on_prev_probability 0.1 --output_dir "$out/student"

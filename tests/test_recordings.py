@@ -10,9 +10,9 @@ from stages import write_manifest
 from distil_whisper import recordings
 from distil_whisper.errors import UserError
 from distil_whisper.reading import open_source
-from distil_whisper.recordings import TOO_LONG, Columns, Recordings, Share
+from distil_whisper.recordings import TOO_LONG, Recordings, RowShare, TextColumns
 
-COLUMNS = Columns("audio", "text")
+COLUMNS = TextColumns("audio", "text")
 RATE = 16_000
 
 
@@ -22,7 +22,7 @@ def three_files(tmp_path_factory):
     return write_audio_dataset(tmp_path_factory.mktemp("three") / "speech", make_utterances(11), "test", files=3)
 
 
-def read(source, share: Share, workers: int, monkeypatch) -> list[list[recordings.Recording]]:
+def read(source, share: RowShare, workers: int, monkeypatch) -> list[list[recordings.Recording]]:
     """What each worker of one process reads."""
 
     class Info:
@@ -40,9 +40,9 @@ def read(source, share: Share, workers: int, monkeypatch) -> list[list[recording
 @pytest.mark.parametrize("processes, workers", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (13, 1)])
 def test_every_row_is_read_once_by_someone(three_files, monkeypatch, streaming, limit, processes, workers):
     source = open_source(str(three_files), split="test", streaming=streaming)
-    everything = [recording.row_id for recording in Recordings(source, COLUMNS, RATE, None, Share(0, 1))]
+    everything = [recording.row_id for recording in Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))]
     assert len(everything) == 11
-    shares = [read(source, Share(rank, processes, limit), workers, monkeypatch) for rank in range(processes)]
+    shares = [read(source, RowShare(rank, processes, limit), workers, monkeypatch) for rank in range(processes)]
     found = [recording for share in shares for worker in share for recording in worker]
     assert sorted(recording.row_id for recording in found) == everything[:limit]
     for share in shares:
@@ -52,10 +52,10 @@ def test_every_row_is_read_once_by_someone(three_files, monkeypatch, streaming, 
 
 def test_work_is_shared_evenly(three_files, monkeypatch):
     known = open_source(str(three_files), split="test")
-    sizes = [len(worker) for rank in range(2) for worker in read(known, Share(rank, 2), 2, monkeypatch)]
+    sizes = [len(worker) for rank in range(2) for worker in read(known, RowShare(rank, 2), 2, monkeypatch)]
     assert sizes == [2, 3, 3, 3]
     streamed = open_source(str(three_files), split="test", streaming=True)
-    sizes = [len(worker) for worker in read(streamed, Share(0, 1), 4, monkeypatch)]
+    sizes = [len(worker) for worker in read(streamed, RowShare(0, 1), 4, monkeypatch)]
     assert sizes == [4, 4, 3, 0]  # a file is read by one worker, so that it is downloaded once
 
 
@@ -68,7 +68,7 @@ def test_only_the_columns_that_are_needed_are_read(three_files, monkeypatch):
         return read_rows(unit, columns, start)
 
     monkeypatch.setattr(source, "rows", rows)
-    assert len(list(Recordings(source, COLUMNS, RATE, None, Share(0, 1)))) == 11
+    assert len(list(Recordings(source, COLUMNS, RATE, None, RowShare(0, 1)))) == 11
     assert asked == [["audio", "text"]] * 3
 
 
@@ -80,13 +80,13 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, utterances):
     (tmp_path / f"{utterances[1].id}.wav").unlink()
     source = open_source(str(manifest), split="test")
     longest = len(utterances[2].samples)
-    found = list(Recordings(source, Columns("audio", "sentence"), RATE, longest, Share(0, 1)))
+    found = list(Recordings(source, TextColumns("audio", "sentence"), RATE, longest, RowShare(0, 1)))
     assert found[0].problem.startswith("unreadable: ")
     assert found[1].problem.startswith("missing file ")
     assert (found[2].problem, found[2].language, found[2].reference) == (None, "hi", utterances[2].text)
     assert np.allclose(found[2].samples, utterances[2].samples, atol=1e-4)
     assert found[3].problem == "no transcript in column sentence"
-    shorter = list(Recordings(source, Columns("audio", "sentence"), RATE, longest - 1, Share(0, 1)))
+    shorter = list(Recordings(source, TextColumns("audio", "sentence"), RATE, longest - 1, RowShare(0, 1)))
     assert (shorter[2].problem, shorter[2].samples) == (TOO_LONG, None)
 
 
@@ -98,5 +98,5 @@ def test_a_file_that_cannot_be_read_comes_as_an_error_that_a_worker_can_send(thr
         yield
 
     monkeypatch.setattr(source, "rows", rows)
-    (error,) = Recordings(source, COLUMNS, RATE, None, Share(0, 1))
+    (error,) = Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))
     assert str(pickle.loads(pickle.dumps(error))) == "unit 0 of speech/default/test cannot be read: the disk is gone"
