@@ -24,7 +24,7 @@ from distil_whisper.evaluation import EvaluationSet, Evaluator
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import normaliser
 from distil_whisper.reading import open_source
-from distil_whisper.recordings import Columns
+from distil_whisper.recordings import TextColumns
 from distil_whisper.transcribers import ShortForm, Transcript
 
 __all__ = ["surroundings"]  # a fixture that acts by itself
@@ -127,7 +127,7 @@ def test_rtfx_times_the_model_without_the_first_batch(toy_teacher, speech_folder
     whisper = load_whisper(str(toy_teacher), device="cpu")
     source = open_source(str(speech_folder), split="test")
     normalise = normaliser(None, "en", whisper.tokenizer)
-    split = EvaluationSet(source, Columns("audio", "text"), "en", "transcribe", normalise, one_language=False)
+    split = EvaluationSet(source, TextColumns("audio", "text"), "en", "transcribe", normalise, one_language=False)
     evaluator = Evaluator(Accelerator(cpu=True), whisper, Transcriber(), num_workers=0)
     (first, rows), (second, _) = evaluator(split), evaluator(split)
     seconds = [row["seconds"] for row in rows]
