@@ -72,7 +72,7 @@ class HubFields:
     """Whether what a run makes goes to the Hub."""
 
     push_to_hub: bool = option(False, "Push what this stage makes to the Hugging Face Hub.")
-    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the output folder.")
+    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the folder that is written.")
     hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
 
 

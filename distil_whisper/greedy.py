@@ -3,6 +3,7 @@
 The tokens are those of transformers' `generate(force_unique_generate_call=True)`, without its work per row and step.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import WhisperForConditionalGeneration
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
-GRAPH_ROWS = 32  # with no more rows than these, a GPU computes a step faster than Python launches its kernels
+GRAPH_ROWS = (
+    32  # with no more rows than these, a GPU is thought to compute a step faster than its kernels are launched
+)
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ class Replayed:
 
     def __init__(self, function, *arguments: torch.Tensor):
         self.arguments = [argument.clone() for argument in arguments]
-        before, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        before, beside = torch.cuda.current_stream(), _stream_of_graphs()
         beside.wait_stream(before)
         with torch.cuda.stream(beside):  # once outside of the graph: the libraries then have their workspaces
             function(*self.arguments)
         before.wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=beside, capture_error_mode="thread_local"):
             self.result = function(*self.arguments)
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -109,6 +112,12 @@ class Replayed:
             place.copy_(argument)
         self.graph.replay()
         return self.result
+
+
+@functools.cache
+def _stream_of_graphs():
+    """The stream that all graphs are captured on: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream()
 
 
 class DecoderSteps:

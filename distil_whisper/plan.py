@@ -1,6 +1,7 @@
 """What labelling will take, from a short trial: rows, hours of audio, time and disk."""
 
 import io
+import math
 import statistics
 import tempfile
 import time
@@ -89,7 +90,7 @@ def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float]:
 
     The rows are spread over the unit where that does not mean to fetch what lies between them.
     """
-    step = 1 if source.streaming else max((unit.rows or 0) // ROWS_LOOKED_AT, 1)
+    step = 1 if source.streaming else max(math.ceil((unit.rows or 0) / ROWS_LOOKED_AT), 1)
     for row in islice(source.rows(unit.index, [audio_column], step=step), ROWS_LOOKED_AT):
         audio = row[audio_column]
         try:

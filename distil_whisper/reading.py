@@ -1,6 +1,7 @@
 """One reader of audio for every stage: Hub, folders, manifests; streamed or not, in the same units and rows."""
 
 import bisect
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -307,14 +308,29 @@ def _stream(builder, split: str) -> IterableDataset:
 def _prepared(builder, split: str, num_proc: int) -> tuple[Dataset, list[int] | None]:
     """The split as a map-style dataset, and how many rows each of its files gave (None for a slice)."""
     datasets_config.SAVE_ORIGINAL_SHARD_LENGTHS = True
-    for library in (multiprocess, multiprocessing):  # what `datasets` makes its workers with
-        library.set_start_method("spawn", force=True)  # forked after torch began its threads, one can hang
     try:
-        builder.download_and_prepare(num_proc=num_proc if num_proc > 1 else None)
+        if num_proc > 1:
+            with _spawning():
+                builder.download_and_prepare(num_proc=num_proc)
+        else:
+            builder.download_and_prepare()
         lengths = None if "[" in split else _rows_of_files(builder, split)
         return builder.as_dataset(split), lengths
     except _UNREADABLE as error:
         raise UserError(f"{builder.dataset_name} cannot be read: {_reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _spawning() -> Iterator[None]:
+    """Let `datasets` spawn its workers: one that is forked after torch began its threads can hang for ever."""
+    before = [(library, library.get_start_method(allow_none=True)) for library in (multiprocess, multiprocessing)]
+    try:
+        for library, _ in before:
+            library.set_start_method("spawn", force=True)
+        yield
+    finally:
+        for library, method in before:
+            library.set_start_method(method, force=True)
 
 
 def _rows_of_files(builder, split: str) -> list[int]:

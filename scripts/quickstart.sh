@@ -11,28 +11,28 @@ mkdir -p "$out/finished" "$out/seconds"
 
 # Figures of stages that different scripts ran do not belong in one table.
 version=$(cat scripts/quickstart* scripts/speech.py scripts/toy_whisper.py | cksum)
-if [ "$(cat "$out/version" 2>/dev/null || echo "$version")" != "$version" ]; then
+if [ -n "$(ls "$out/finished")" ] && [ "$(cat "$out/version" 2>/dev/null)" != "$version" ]; then
     echo "$out was made by another version of the quickstart: remove that folder (rm -r $out) to run this one" >&2
     exit 1
 fi
 echo "$version" > "$out/version"
 
-# stage NAME COMMAND...: run the command unless it was finished before, and keep the seconds that it took, those before
-# an interruption included
+# stage NAME COMMAND...: run the command unless it was finished before, and keep the seconds that it took; those before
+# an error or Ctrl-C count too
 stage() {
-    local name=$1 before seconds
+    local name=$1 seconds
     shift
     if [ -e "$out/finished/$name" ]; then
         echo "== $name: finished before, in $(cat "$out/finished/$name") s"
         return
     fi
     echo "== $name"
-    before=$(cat "$out/seconds/$name" 2>/dev/null || echo 0)
-    SECONDS=$before
-    trap 'echo "$SECONDS" > "$out/seconds/$name"' EXIT
+    SECONDS=$(cat "$out/seconds/$name" 2>/dev/null || echo 0)
+    trap "echo \"\$SECONDS\" > '$out/seconds/$name'" EXIT  # the name is not known any more when it is run
     "$@"
     trap - EXIT
     seconds=$SECONDS
+    rm -f "$out/seconds/$name"
     echo "$seconds" > "$out/finished/$name"
     echo "== $name took $seconds s"
 }

@@ -113,7 +113,7 @@ def seen(monkeypatch) -> Seen:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """What a user's shell may hold would change a run: scripts run on the CPU, and wandb is nobody's."""
+    """What a user's shell may hold would change a run: wandb is nobody's, and scripts run on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("WANDB_MODE", "disabled")
 

@@ -19,6 +19,12 @@ pytestmark = [
 TRAINING = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5]
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Convolutions in float32 are rounded to TF32 unless told otherwise."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Scripts that are run in this process find the GPU, which the other tests hide from them."""

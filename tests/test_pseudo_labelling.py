@@ -11,6 +11,8 @@ from conftest import write_audio_dataset
 from datasets import load_dataset
 from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, write_manifest
 
+import run_pseudo_labelling
+from distil_whisper import plan
 from distil_whisper.audio import decode, stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
@@ -171,6 +173,20 @@ def test_the_plan_is_near_what_labelling_takes(taught, speech_folder, labelled, 
         size = sum(path.stat().st_size for path in (labelled / "default").glob("train*")) / 1e6
         (found,) = re.findall(r"train: .*\n.* ([\d.]+) MB", said)
         assert float(found) == pytest.approx(size, rel=0.15)
+
+
+def test_the_plan_looks_at_rows_all_over_a_file(taught, utterances, tmp_path, monkeypatch):
+    """At five of twelve at most, that is at every third; here the short ones come first."""
+    plans, estimate = [], plan.estimate
+    monkeypatch.setattr(plan, "ROWS_LOOKED_AT", 5)
+    monkeypatch.setattr(run_pseudo_labelling, "estimate", lambda *of: plans.append(estimate(*of)) or plans[-1])
+    rows = sorted(utterances[:12], key=lambda utterance: len(utterance.samples))
+    data = write_audio_dataset(tmp_path / "speech", rows, files=1)
+    for streaming in (False, True):
+        label(taught, data, tmp_path / "out", *ENGLISH, "--dry_run", "--streaming", streaming)
+    for found, looked_at in zip(plans, (rows[::3], rows[:5]), strict=True):  # a stream would fetch what lies between
+        mean = sum(len(utterance.samples) for utterance in looked_at) / len(looked_at)
+        assert found.hours * 3600 == pytest.approx(12 * mean / 16_000, rel=1e-3)
 
 
 def test_columns_named_language_and_task_are_used(taught, utterances, tmp_path):
