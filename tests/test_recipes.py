@@ -249,3 +249,38 @@ def test_the_links_inside_the_readme_lead_somewhere():
         anchors.add(next(f"{slug}{end}" for end in ("", "-1", "-2") if f"{slug}{end}" not in anchors))
     links = set(re.findall(r"\]\(#([\w-]+)\)", prose))
     assert links and links <= anchors
+
+
+def part_of_quickstart(pattern: str) -> str:
+    return re.search(pattern, (ROOT / "scripts/quickstart.sh").read_text(), re.MULTILINE | re.DOTALL).group()
+
+
+def bash(text: str, folder) -> subprocess.CompletedProcess:
+    command = f"set -euo pipefail; out=.\n{text}"
+    return subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_a_stage_of_the_quickstart_is_run_until_it_ends_well_and_counts_all_its_seconds(tmp_path):
+    stage = part_of_quickstart(r"^stage\(\) \{.*?^\}")
+    for name in ("finished", "seconds"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "seconds/a").write_text("7")
+    failed = bash(f"{stage}\nstage a false", tmp_path)
+    assert (failed.returncode, failed.stderr) == (1, "") and int((tmp_path / "seconds/a").read_text()) >= 7
+    ended = bash(f"{stage}\nstage a echo works", tmp_path)
+    assert (ended.returncode, "works" in ended.stdout) == (0, True), ended.stderr
+    assert int((tmp_path / "finished/a").read_text()) >= 7 and not (tmp_path / "seconds/a").exists()
+    assert "works" not in bash(f"{stage}\nstage a echo works", tmp_path).stdout
+
+
+def test_a_folder_of_another_version_of_the_quickstart_is_refused(tmp_path):
+    check = part_of_quickstart(r"^version=.*?\nfi\n.*?\n")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "finished").mkdir()
+    assert bash(check, tmp_path).returncode == 0
+    (tmp_path / "finished/data").touch()
+    assert bash(check, tmp_path).returncode == 0
+    for change in ((tmp_path / "version").unlink, lambda: (tmp_path / "version").write_text("other")):
+        change()
+        refused = bash(check, tmp_path)
+        assert refused.returncode == 1 and "remove that folder" in refused.stderr
