@@ -86,7 +86,7 @@ def card(args: Arguments, repo_id: str, report_text: str) -> str:
     """The card of a student that has learnt nothing yet."""
     return hub.model_card(
         name=repo_id,
-        teacher=args.teacher_checkpoint,
+        base=args.teacher_checkpoint,
         description="A Whisper student before its training: layers and all other weights are copies of its teacher's."
         f"\n\n```\n{report_text}\n```",
         arguments=public_arguments(args),

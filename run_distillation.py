@@ -12,7 +12,7 @@ import copy
 import math
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +45,13 @@ from distil_whisper.validation import Validator
 STAGE = "run_distillation"
 SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 SCHEDULES += ["inverse_sqrt"]  # the others of transformers need arguments of their own
+# Arguments that do not decide what is learnt.
+MAY_CHANGE = {*(each.name for each in fields(RunFields)), "cache_dir", "preprocessing_num_workers"} - {"seed"}
+MAY_CHANGE |= {"dataloader_num_workers", "eval_dataset_name", "eval_dataset_config_name", "eval_split_name"}
+MAY_CHANGE |= {"eval_text_column_name", "do_train", "do_eval", "predict_with_generate", "generation_max_length"}
+MAY_CHANGE |= {"generation_num_beams", "cache_encoder_outputs", "cache_teacher_states", "cache_size_gb", "eval_steps"}
+MAY_CHANGE |= {"per_device_eval_batch_size", "logging_steps", "save_steps", "save_total_limit"}
+MAY_CHANGE |= {"save_best_total_limit", "load_best_model_at_end"}
 
 
 @dataclass
@@ -426,13 +433,18 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
     if run.accelerator.is_main_process:
         card = hub.model_card(
             name=repo or str(folder.path),
-            teacher=args.teacher_model_name_or_path or args.model_name_or_path,
+            base=args.teacher_model_name_or_path if args.kl_weight else args.model_name_or_path,
+            relation="Teacher" if args.kl_weight else "Trained from",
             description=describe(args),
             arguments=public_arguments(args),
             datasets=[name for name in split_plus(args.train_dataset_name) if name],
             languages=[args.language] if args.language else [],
             results=results(run),
-            facts={"Optimizer steps": run.state.step, "Parameters": f"{run.student.model.num_parameters():,}"},
+            facts={
+                "Optimizer steps": run.state.step,
+                "Parameters": f"{run.student.model.num_parameters():,}",
+                "Arguments that changed on the way": "; ".join(folder.arguments()["changed"]),
+            },
         )
         save_whisper(folder, run.student, weights, card)
         if repo:
@@ -503,6 +515,22 @@ def go_on(run: Training, max_steps: int) -> None:
         run.state = resumed
         run.meter.go_on(resumed.metered)
         run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
+        if resumed.step >= max_steps:
+            run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")
+
+
+def note_arguments(run: Training, folder: OutputFolder) -> None:
+    """Keep the arguments that decide what is learnt. Where a run goes on with others, say so, now and in the card."""
+    if not run.accelerator.is_main_process:
+        return
+    now = {name: value for name, value in public_arguments(run.args).items() if name not in MAY_CHANGE}
+    kept = (run.state.step and folder.arguments()) or {"arguments": now, "changed": []}
+    before = kept["arguments"]
+    differing = [f"{name} was {before.get(name)} and is {now[name]}" for name in now if before.get(name) != now[name]]
+    if differing:
+        kept["changed"].append(f"from step {run.state.step} on, {', '.join(differing)}")
+        say(run, f"going on with other arguments than before: {', '.join(differing)}")
+    folder.keep_arguments({"arguments": now, "changed": kept["changed"]})
 
 
 def steps_to_train(args: Arguments, batches_per_epoch: int | None) -> int:
@@ -552,6 +580,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     run.data = Mixture(args, sets, maker, run.collator, share)
     max_steps = steps_to_train(args, run.data.batches_per_epoch)
     go_on(run, max_steps)
+    note_arguments(run, folder)
     run.trackers = open_trackers(run, folder)
     train(run, max_steps)
     run.checkpoints.finish()

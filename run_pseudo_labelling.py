@@ -270,6 +270,8 @@ def label_source(job: Job, source: Source, labeller: UnitLabeller, features: Fea
 def label_shard(job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, progress) -> None:
     """Label one unit, or what an earlier run left of it, into its file."""
     tally, steps = Tally(**shard.progress), job.args.logging_steps
+    if tally.rows:
+        tqdm.write(f"{shard.shard.name}: going on behind {tally.rows:,} windows")
     for rows in labeller(source, shard.shard.index, tally):
         for row in rows:
             shard.write(row)
@@ -406,6 +408,8 @@ def label(job: Job, sources: list[Source], columns: list[Columns]) -> None:
     job.trackers = Trackers(job.accelerator, job.folder, args.wandb_project, args.wandb_name, public_arguments(args))
     job.accelerator.wait_for_everyone()
     job.folder.share()
+    if job.accelerator.is_main_process:
+        write_readme(job.folder, card(job, []))
     if job.repo:
         job.uploads = BackgroundUploads(job.folder.path, job.repo, tqdm.write)
     try:

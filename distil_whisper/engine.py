@@ -1,5 +1,6 @@
 """accelerate, as the stages configure it: what they compute with, wait for and report to."""
 
+import os
 from datetime import timedelta
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
@@ -11,13 +12,21 @@ PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def make_accelerator(args, *handlers, **options) -> Accelerator:
-    """accelerate with our trackers and timeout."""
-    return Accelerator(
+    """accelerate with our trackers and timeout. Raises UserError where the processes of a launcher do not know of one
+    another: each would take itself for the only one."""
+    accelerator = Accelerator(
         log_with=resolve_report_to(args.report_to, args.output_dir),
         project_config=project_configuration(args.output_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.ddp_timeout)), *handlers],
         **options,
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"{launched} processes were launched, but accelerate counts {accelerator.num_processes}; on CPUs set "
+            "ACCELERATE_USE_CPU=true in the environment"
+        )
+    return accelerator
 
 
 def training_accelerator(args) -> Accelerator:

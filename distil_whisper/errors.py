@@ -18,7 +18,7 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main: a UserError and Ctrl-C become a line on stderr, and exit codes 2 and 130."""
     try:
         main()
     except UserError as error:
@@ -26,3 +26,6 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -191,6 +191,11 @@ def is_kept(reason: str) -> bool:
     return reason in (KEPT, CUT)
 
 
+def counted(reasons: Counter) -> str:
+    """Why rows were left out, the most frequent reason first."""
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+
+
 def table(counts: Iterable[tuple[str, Counter]]) -> str:
     """What was kept of each dataset, and why the rest was not."""
     lines = []

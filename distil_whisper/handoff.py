@@ -157,7 +157,10 @@ def read_manifest(folder: OutputFolder, shard: ShardFile) -> dict | None:
 
 
 def write_readme(folder: OutputFolder, body: str) -> None:
-    """Rewrite README.md so that its `configs:` lists the files that are there. Any process may do it at any time."""
+    """Rewrite README.md so that its `configs:` lists the files that are there. Any process may do it at any time.
+
+    Before there is one it names files that are missing: `load_dataset` would else read other files of the folder.
+    """
     found: dict[str, set[str]] = {}
     written: dict[str, list[str]] = {}
     for path in sorted((folder / f"{RECORDS}/shards").glob("*/*.json")):
@@ -174,5 +177,6 @@ def write_readme(folder: OutputFolder, body: str) -> None:
         }
         for position, (config, splits) in enumerate(sorted(found.items()))
     ]
-    head = yaml.safe_dump({"configs": configs}, sort_keys=False, allow_unicode=True) if configs else ""
-    write_text(folder / "README.md", f"---\n{head}---\n\n{body}" if head else body)
+    configs = configs or [{"config_name": "default", "data_files": [{"split": "train", "path": "*.parquet"}]}]
+    head = yaml.safe_dump({"configs": configs}, sort_keys=False, allow_unicode=True)
+    write_text(folder / "README.md", f"---\n{head}---\n\n{body}")

@@ -124,24 +124,26 @@ def push_results(repo_id: str, results: Iterable[Result]) -> str:
 
 def model_card(
     name: str,
-    teacher: str,
+    base: str,
     description: str,
     arguments: Mapping[str, object],
     *,
+    relation: str = "Teacher",
     datasets: Iterable[str] = (),
     languages: Iterable[str] = (),
     results: Iterable[Result] = (),
     facts: Mapping[str, object] | None = None,
 ) -> str:
-    """A student's README.md: whose student it is, what it learnt from, how it was made and what it reached.
+    """A model's README.md: whose student it is, what it learnt from, how it was made and what it reached.
 
-    name is its repository id or folder; facts are further lines (parameters, hours of audio). Folders of this machine
-    appear by their last name only, and only names on the Hub become links; no license is claimed.
+    name is its repository id or folder; relation says what the base model is to it; facts are further lines
+    (parameters, hours of audio). Folders of this machine appear by their last name only, and only names on the Hub
+    become links; no license is claimed.
     """
     datasets, results = list(dict.fromkeys(datasets)), list(results)
     title = PurePath(name).name
     metadata = ModelCardData(
-        base_model=teacher if is_hub_id(teacher) else None,
+        base_model=base if is_hub_id(base) else None,
         datasets=[dataset for dataset in datasets if is_hub_id(dataset)] or None,
         eval_results=[entry for result in results for entry in _eval_results(result)] or None,
         language=_language_codes(languages) or None,
@@ -152,7 +154,7 @@ def model_card(
         pipeline_tag=TASK,
         tags=["whisper", "distillation", TASK],
     ).to_yaml()
-    about = {"Teacher": public_name(teacher), "Data": ", ".join(map(public_name, datasets)), **(facts or {})}
+    about = {relation: public_name(base), "Data": ", ".join(map(public_name, datasets)), **(facts or {})}
     use = (
         "```python\nfrom transformers import pipeline\n\n"
         f'transcribe = pipeline("{TASK}", model="{public_name(name)}")\nprint(transcribe("audio.wav")["text"])\n```'

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, joined
-from distil_whisper.filtering import is_kept
+from distil_whisper.filtering import counted, is_kept
 from distil_whisper.mixing import Share, TrainingSet, workers
 
 LANES = 16  # of a small batch, at most
@@ -194,7 +194,7 @@ def require_rows(training_set: TrainingSet) -> None:
             if is_kept(reason):
                 return
             seen[reason] += 1
-    raise UserError(f"no row of {source.label} is left after filtering: {dict(seen)}")
+    raise UserError(f"no row of {source.label} is left to train on ({counted(seen)})")
 
 
 class StreamParts(IterableDataset):

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
-from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, counted, keep_rows, table
 from distil_whisper.mixing import (
     EpochOrder,
     LabelLengths,
@@ -115,6 +115,8 @@ def open_training_sets(
     normalisers, labels_of = Normalisers(args.normalizer, student.tokenizer), label_columns(args, student, sources)
     labelled = [source for source, columns in zip(sources, labels_of, strict=True) if columns.pseudo]
     settings = filter_settings(args, student, labelled)
+    if args.wer_threshold is not None and not labelled:
+        say("--wer_threshold changes nothing: none of the datasets is trained on pseudo-labels")
     sets, counts = [], []
     for source, columns in zip(sources, labels_of, strict=True):
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
@@ -127,8 +129,7 @@ def open_training_sets(
             sets[-1].kept, reasons = keep_rows(rows, row_filter, args.preprocessing_num_workers)
             counts.append((source.label, reasons))
             if not len(sets[-1].kept):
-                found = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-                raise UserError(f"no row of {source.label} is left to train on ({found})")
+                raise UserError(f"no row of {source.label} is left to train on ({counted(reasons)})")
     if counts:
         say(table(counts))
     return sets

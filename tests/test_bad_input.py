@@ -143,6 +143,18 @@ def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows
     assert metrics(folder, "eval/speech/default/train/wer")
 
 
+def test_a_filter_that_has_nothing_to_filter_is_said(student, speech_folder, tmp_path, capsys):
+    train_few(student, speech_folder, tmp_path, *SFT, "--wer_threshold", 10, "--max_steps", 1)
+    assert (
+        "--wer_threshold changes nothing: none of the datasets is trained on pseudo-labels" in capsys.readouterr().out
+    )
+
+
+def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path):
+    with pytest.raises(UserError, match=r"is left to train on \(24 x avg_logprob below --min_avg_logprob\)"):
+        train_few(student, labelled, tmp_path, *SFT, "--streaming", "--min_avg_logprob", 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

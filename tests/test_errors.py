@@ -39,6 +39,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, main):
     assert capsys.readouterr() == ("", f"error: {SENTENCE}\n")
 
 
+def test_ctrl_c_is_one_line_and_its_exit_code(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "stopped by Ctrl-C; what is finished is kept\n")
+
+
 def test_errors_of_ours_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_on_user_error(lambda: 1 / 0)

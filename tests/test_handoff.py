@@ -142,9 +142,13 @@ def test_a_unit_without_rows_leaves_no_file_and_no_split(folder, load):
     assert ids(load()) == {"train": ["row-1"]}
 
 
-def test_before_any_row_is_finished_the_readme_promises_nothing(folder):
+def test_before_any_row_is_finished_nothing_else_is_read_for_labels(folder, load):
+    """Such as metrics.jsonl, which `datasets` would take for the rows."""
     write_unit(folder, ShardFile("default", "train", 0, 1), [])
-    assert (folder / "README.md").read_text() == "# Labels\n"
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert (folder / "README.md").read_text().endswith("---\n\n# Labels\n")
+    with pytest.raises(FileNotFoundError, match="data files found"):
+        load()
 
 
 def test_labels_made_afresh_are_not_read_from_the_cache(folder, load):

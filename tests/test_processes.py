@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from conftest import ROOT, launch
 from stages import ENGLISH, SPEAKERS, metrics, train_few, weights
 
+from distil_whisper import engine
 from distil_whisper.engine import check_engine
 from distil_whisper.errors import UserError
 
@@ -113,3 +114,12 @@ def test_the_configuration_for_a_cpu_starts_two_processes(tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout.count("of 2")) == (0, 2), ran.stderr
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch, tmp_path):
+    """As accelerate starts them without that variable: each would write into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = SimpleNamespace(report_to=["none"], output_dir=str(tmp_path), ddp_timeout=60)
+    monkeypatch.setattr(engine, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(UserError, match="2 processes were launched, but accelerate counts 1; on CPUs set ACCELERATE"):
+        engine.make_accelerator(args)

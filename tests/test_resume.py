@@ -147,12 +147,32 @@ def test_a_finished_run_is_not_trained_again(student, labelled, seen, tmp_path):
     assert all(torch.equal(tensor, weights(folder)[name]) for name, tensor in before.items())
 
 
+def test_a_run_that_goes_on_with_other_arguments_says_which(student, labelled, tmp_path, capsys):
+    flags = [*ENGLISH, "--kl_weight", 0]
+    folder = train_few(student, labelled, tmp_path / "out", *flags)
+    assert "Arguments that changed" not in (folder / "README.md").read_text()
+    changed = ["--learning_rate", 0.003, "--max_steps", 5, "--logging_steps", 2]
+    for more in (changed, [*changed, "--report_to", "none"], [*flags, "--max_steps", 2]):
+        train_few(student, labelled, folder, *flags, *more)
+    said = capsys.readouterr().out
+    assert said.count("going on with other arguments than before") == 2
+    for change in ("learning_rate was 0.001 and is 0.003", "learning_rate was 0.003 and is 0.001"):
+        assert change in said
+    for change in ("max_steps was 4 and is 5", "max_steps was 5 and is 2"):
+        assert change in said
+    assert "logging_steps was" not in said and "nothing is left to train: 2 steps were asked for" in said
+    card = (folder / "README.md").read_text()
+    assert "Arguments that changed on the way: from step 4 on, " in card and "; from step 5 on, " in card
+    train_few(student, labelled, folder, *flags, "--overwrite_output_dir")
+    assert "Arguments that changed" not in (folder / "README.md").read_text()
+
+
 def shards(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "default").glob("*.parquet")}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folder, monkeypatch, tmp_path):
+def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folder, monkeypatch, tmp_path, capsys):
     """Killed while it writes the second of two shards: the first is left as it is, the second has the same bytes."""
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--streaming", streaming]
     flags += ["--logging_steps", 1]
@@ -171,7 +191,9 @@ def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folde
     assert list(shards(tmp_path / "broken")) == ["train-00000-of-00002.parquet"]
     first = (tmp_path / "broken/default/train-00000-of-00002.parquet").stat().st_mtime_ns
     monkeypatch.undo()
+    capsys.readouterr()
     broken = label(taught, speech_folder, tmp_path / "broken", *flags)
+    assert "default/train-00001-of-00002.parquet: going on behind 5 windows" in capsys.readouterr().out
     assert shards(broken) == shards(unbroken) and len(shards(broken)) == 2
     assert (broken / "default/train-00000-of-00002.parquet").stat().st_mtime_ns == first
 
