@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Features
@@ -47,7 +48,6 @@ from distil_whisper.trackers import Trackers
 from distil_whisper.uploads import BackgroundUploads
 
 STAGE = "run_pseudo_labelling"
-STARTED = time.perf_counter()
 SKIPPED_FILE = "skipped.jsonl"
 LABEL_ARGUMENTS = (  # those that decide what the labels are
     "model_name_or_path",
@@ -386,7 +386,7 @@ def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source],
     if not accelerator.is_main_process:
         return
     job = begin(args, accelerator, None)
-    loaded = time.perf_counter() - STARTED
+    loaded = time.time() - psutil.Process().create_time()
     for source, roles in zip(sources, columns, strict=True):
         plan = estimate(source, *make_labeller(job, source, roles))
         print("\n".join(plan.lines(accelerator.num_processes, loaded)))
