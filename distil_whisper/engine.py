@@ -1,6 +1,7 @@
 """accelerate, as the stages configure it: what they compute with, wait for and report to."""
 
 import os
+import warnings
 from datetime import timedelta
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
@@ -32,7 +33,9 @@ def make_accelerator(args, *handlers, **options) -> Accelerator:
 def training_accelerator(args) -> Accelerator:
     """The same for training, with its compute type. Raises UserError where accelerate was configured for what a
     student cannot be trained on."""
-    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # ours are the same on all processes, always
+    # accelerate has no other name for it yet
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     accelerator = make_accelerator(args, buffers, mixed_precision=PRECISION[args.dtype])
     check_engine(accelerator)
     if is_sharded(accelerator):

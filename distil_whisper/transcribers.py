@@ -1,5 +1,6 @@
 """Waveforms to text, in the three ways that are evaluated: short-form, and long-form chunked or sequential."""
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -13,6 +14,11 @@ from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.tokens import plain_text
 
+# Of chunks that end within a word, which are joined by their words then.
+NOISE = "Whisper did not predict an ending timestamp"
+logging.getLogger("transformers.models.whisper.tokenization_whisper").addFilter(
+    lambda record: not record.msg.startswith(NOISE)
+)
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # openai/whisper's
 LONGEST_PREFIX = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 
