@@ -21,16 +21,17 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        # ce, kl, valid tokens, samples, seconds of audio, places of the label tensors
-        self._sums = torch.zeros(6, device=self.accelerator.device, dtype=torch.float64)
+        # ce, kl, valid tokens, samples, seconds of audio, places of the label tensors, rows that could not be used
+        self._sums = torch.zeros(7, device=self.accelerator.device, dtype=torch.float64)
         self._norm, self._since = 0.0, time.perf_counter()
 
     def add(self, group: list[Batch], losses: torch.Tensor, norm: float) -> None:
         """Take note of a step: its batches, its sums of ce, kl and tokens, and its gradient norm."""
         samples = sum(len(batch.labels) for batch in group)
         seconds, places = sum(batch.seconds for batch in group), sum(batch.labels.numel() for batch in group)
+        skipped = sum(len(batch.problems) for batch in group)
         self._sums[:3] += losses
-        self._sums[3:] += torch.tensor([samples, seconds, places], device=self._sums.device, dtype=torch.float64)
+        self._sums[3:] += torch.tensor([samples, seconds, places, skipped], device=self._sums.device, dtype=torch.float64)
         self._norm = norm
 
     def sums(self) -> list[float]:
@@ -51,7 +52,7 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Metrics by name; every process must call it. Peak memory is this process's."""
-        ce, kl, tokens, samples, seconds, places = self.sums()
+        ce, kl, tokens, samples, seconds, places, skipped = self.sums()
         took = time.perf_counter() - self._since
         ce, kl = ce / max(tokens, 1), kl / max(tokens, 1)
         values = {
@@ -63,6 +64,7 @@ class Meter:
             "train/samples_per_second": samples / took,
             "train/audio_hours_per_hour": seconds / took,
             "train/padding": 1 - tokens / max(places, 1),
+            "train/skipped": skipped,
         }
         values["train/peak_memory_gb"] = peak_memory() / 1e9
         self._start()

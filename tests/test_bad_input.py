@@ -140,6 +140,7 @@ def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows
     assert "skipped speech/default/train/00000-00000002: " in said
     assert "skipped speech/default/train/00000-00000003: longer than the window: 9.0 s of 2 s" in said
     assert "2 rows left out of the evaluation, such as speech/default/train/00000-00000002" in said
+    assert [line["train/skipped"] for line in metrics(folder, "train/skipped")] == [2, 2]  # of each epoch
     assert metrics(folder, "eval/speech/default/train/wer")
 
 
