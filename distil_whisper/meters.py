@@ -29,9 +29,9 @@ class Meter:
         """Take note of a step: its batches, its sums of ce, kl and tokens, and its gradient norm."""
         samples = sum(len(batch.labels) for batch in group)
         seconds, places = sum(batch.seconds for batch in group), sum(batch.labels.numel() for batch in group)
-        skipped = sum(len(batch.problems) for batch in group)
+        counts = [samples, seconds, places, sum(len(batch.problems) for batch in group)]
         self._sums[:3] += losses
-        self._sums[3:] += torch.tensor([samples, seconds, places, skipped], device=self._sums.device, dtype=torch.float64)
+        self._sums[3:] += torch.tensor(counts, device=self._sums.device, dtype=torch.float64)
         self._norm = norm
 
     def sums(self) -> list[float]:
