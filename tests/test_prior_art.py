@@ -133,7 +133,8 @@ def test_10_streaming_yields_a_dataset_as_it_goes(taught, speech_folder, monkeyp
 
     def watched(folder, body):
         finish(folder, body)
-        found.append(len(rows_of(folder.path)))
+        if any(folder.path.rglob("*.parquet")):  # the first README.md comes before the first file
+            found.append(len(rows_of(folder.path)))
 
     monkeypatch.setattr(run_pseudo_labelling, "write_readme", watched)
     label(taught, speech_folder, tmp_path, *ENGLISH, "--streaming")

@@ -265,7 +265,9 @@ def test_an_example_depends_on_epoch_and_row_alone(mixture, make_sets):
 
 def test_a_stream_of_which_no_row_is_left_ends_with_the_reasons(mixture):
     of, _ = mixture(2, names=["first"], wer_threshold=-1.0)
-    with pytest.raises(UserError, match=r"no row of first/default/train is left .*wer_threshold': 10"):
+    with pytest.raises(
+        UserError, match=r"no row of first/default/train is left to train on \(10 x WER above --wer_threshold, 1 x"
+    ):
         of_lanes(of, 1)
 
 
