@@ -11,9 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import WhisperForConditionalGeneration
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
-GRAPH_ROWS = (
-    32  # with no more rows than these, a GPU is thought to compute a step faster than its kernels are launched
-)
+GRAPH_ROWS = 32  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
 
 
 @dataclass(frozen=True)

@@ -250,3 +250,15 @@ def test_missing_and_wrong_checkpoints_are_refused_in_one_sentence(toy_teacher, 
 
     with pytest.raises(UserError, match=r"lacks 2\d weights, such as model.decoder.layers.4"):
         load_whisper(edited(toy_teacher, tmp_path, "config.json", add_layer), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["toy_teacher", "toy_english_only"])
+def test_a_checkpoint_without_a_tokenizer_is_refused(request, tmp_path, kind):
+    """transformers makes an empty one of nothing."""
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "copied")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match=r"copied has no tokenizer; put that of its teacher beside it \(tokenizer.json"
+    ):
+        load_whisper(str(folder), device="cpu")

@@ -78,6 +78,13 @@ def test_every_row_once_an_epoch(streaming, student, labelled, seen, tmp_path):
     assert order[0] != expected and order[0] != order[1]
 
 
+def test_workers_that_a_stream_has_no_work_for_are_not_started(student, labelled, tmp_path, capsys):
+    """A batch of four is drawn from four lanes."""
+    flags = ["--streaming", "--max_steps", 1, "--dataloader_num_workers", 6, "--kl_weight", 0]
+    train_few(student, labelled, tmp_path, *ENGLISH, *flags)
+    assert "of --dataloader_num_workers 6, a batch of this size keeps 4 busy" in capsys.readouterr().out
+
+
 def test_streamed_rows_are_drawn_as_map_style_ones(student, labelled, seen, tmp_path):
     flags = ["--timestamp_probability", 0.5, "--condition_on_prev_probability", 0.5, "--max_steps", 6]
     train_few(student, labelled, tmp_path / "map", *SFT, *flags)

@@ -167,6 +167,10 @@ def test_a_run_that_goes_on_with_other_arguments_says_which(student, labelled, t
     assert "Arguments that changed" not in (folder / "README.md").read_text()
 
 
+def test_arguments_that_may_change_are_arguments():
+    assert set(run_distillation.Arguments.__dataclass_fields__) > run_distillation.MAY_CHANGE
+
+
 def shards(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "default").glob("*.parquet")}
 

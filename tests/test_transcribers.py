@@ -1,5 +1,7 @@
 """Short-form, chunked and sequential transcription of a model whose every window has words of its own."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,16 @@ def test_chunks_of_several_recordings_in_one_batch_are_those_of_each_alone(whisp
     assert any(transcript.text for transcript in together)
     assert [transcript.details for transcript in together] == [transcript.details for transcript in alone]
     assert all(("segments" in transcript.details) == timestamps for transcript in together)
+
+
+def test_chunks_that_end_within_a_word_are_nothing_to_warn_of():
+    logger = logging.getLogger("transformers.models.whisper.tokenization_whisper")
+
+    def shown(message: str) -> bool:
+        return bool(logger.filter(logging.LogRecord(logger.name, logging.WARNING, "", 0, message, None, None)))
+
+    assert shown("anything else")
+    assert not shown("Whisper did not predict an ending timestamp, which can happen if audio is cut off")
 
 
 def test_recordings_are_gathered_until_their_chunks_fill_a_batch(whisper, noises):
