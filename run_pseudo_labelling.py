@@ -41,6 +41,7 @@ from distil_whisper.parts import PARTS, ShardInProgress
 from distil_whisper.plan import estimate
 from distil_whisper.progress import bar, quiet_libraries, shown
 from distil_whisper.reading import Source
+from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
 from distil_whisper.tokens import language_and_task
@@ -260,15 +261,21 @@ def label_source(job: Job, source: Source, labeller: UnitLabeller, features: Fea
     job.accelerator.wait_for_everyone()  # all count before one writes
     mine = missing[job.accelerator.process_index :: job.accelerator.num_processes]
     progress = bar(total=source.num_rows, desc=f"labelling {source.label}", unit="row")
-    for shard in mine:
-        with ShardInProgress(job.folder, shard, features) as rows:
-            label_shard(job, source, labeller, rows, progress)
+    with StopRequest() as stop:
+        for shard in mine:
+            with ShardInProgress(job.folder, shard, features) as rows:
+                label_shard(job, source, labeller, rows, progress, stop)
     progress.close()
     job.accelerator.wait_for_everyone()
 
 
-def label_shard(job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, progress) -> None:
-    """Label one unit, or what an earlier run left of it, into its file."""
+def label_shard(
+    job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, progress, stop: StopRequest
+) -> None:
+    """Label one unit, or what an earlier run left of it, into its file.
+
+    Asked to stop (SIGTERM, SIGINT), it keeps the windows that are labelled and leaves.
+    """
     tally, steps = Tally(**shard.progress), job.args.logging_steps
     if tally.rows:
         tqdm.write(f"{shard.shard.name}: going on behind {tally.rows:,} windows")
@@ -283,6 +290,10 @@ def label_shard(job: Job, source: Source, labeller: UnitLabeller, shard: ShardIn
                 job.accelerator.print(f"{shard.shard.name}: {tally.rows:,} windows labelled")
             hours = {"rows_of_shard": tally.rows, "audio_hours_of_shard": tally.seconds / 3600}
             job.trackers.log(hours, job.batches)
+        if stop.received is not None:
+            shard.keep(tally.progress())
+            tqdm.write(f"stopped behind {tally.rows:,} windows of {shard.shard.name}; the same command goes on")
+            raise SystemExit(stop.exit_code)
     shard.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
     finish_shard(job.folder, shard.shard, facts)

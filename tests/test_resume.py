@@ -202,6 +202,29 @@ def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folde
     assert (broken / "default/train-00000-of-00002.parquet").stat().st_mtime_ns == first
 
 
+def test_labelling_that_is_asked_to_stop_keeps_what_is_labelled(taught, speech_folder, monkeypatch, tmp_path, capsys):
+    flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--logging_steps", 2]
+    unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
+    label_unit = run_pseudo_labelling.UnitLabeller.__call__
+
+    def interrupted(self, source, unit, tally):
+        for rows in label_unit(self, source, unit, tally):
+            if unit == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield rows
+
+    monkeypatch.setattr(run_pseudo_labelling.UnitLabeller, "__call__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        label(taught, speech_folder, tmp_path / "broken", *flags)
+    assert ended.value.code == 130
+    said = "stopped behind 10 windows of default/train-00001-of-00002.parquet; the same command goes on"
+    assert said in capsys.readouterr().out
+    monkeypatch.undo()
+    broken = label(taught, speech_folder, tmp_path / "broken", *flags)
+    assert "default/train-00001-of-00002.parquet: going on behind 10 windows" in capsys.readouterr().out
+    assert shards(broken) == shards(unbroken)
+
+
 def test_what_a_killed_run_left_half_written_goes(student, labelled, tmp_path):
     """Halves have the number of the process that was killed in their names; other people's files stay."""
     flags = [*ENGLISH, "--kl_weight", 0, "--max_steps", 1]
