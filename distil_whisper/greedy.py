@@ -7,8 +7,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import WhisperForConditionalGeneration
+
+from distil_whisper.attention import attend
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
 GRAPH_ROWS = 32  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
@@ -183,7 +184,7 @@ def _heads(states: torch.Tensor, attention) -> torch.Tensor:
 def _attended(attention, states: torch.Tensor, keys, values, causal: bool = False, mask=None) -> torch.Tensor:
     """What an attention layer adds. Only the first call, which has no past, has several tokens (causal)."""
     queries = _heads(attention.q_proj(states) * attention.scaling, attention)
-    found = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
+    found = attend(queries, keys, values, mask, causal)
     return attention.out_proj(found.transpose(1, 2).flatten(2))
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditio
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from distil_whisper.arguments import attention
+from distil_whisper.attention import BY_PRODUCTS
 from distil_whisper.audio import Window
 from distil_whisper.errors import UserError
 from distil_whisper.outputs import RECORDS, OutputFolder, remove
@@ -57,7 +58,8 @@ def load_whisper(
     Weights are read from safetensors only. `argument` is named in messages. Raises UserError for a checkpoint that is
     missing, incomplete or not Whisper.
     """
-    implementation = attention(attn_type)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    fastest = BY_PRODUCTS if device.type == "cpu" and dtype == "bfloat16" else None
     config = _load(AutoConfig, name, argument, cache_dir=cache_dir)
     if config.model_type != "whisper":
         raise UserError(f"{argument} {name} is a {config.model_type} model; give a Whisper checkpoint")
@@ -67,7 +69,7 @@ def load_whisper(
         argument,
         cache_dir=cache_dir,
         dtype=getattr(torch, dtype),
-        attn_implementation=implementation,
+        attn_implementation=attention(attn_type) or fastest,
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -81,7 +83,6 @@ def load_whisper(
     grammar = Grammar(tokenizer, is_multilingual(model, tokenizer), config.max_target_positions)
     complete_generation_config(model, grammar)
     window = Window.from_models(feature_extractor, model.config)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
 
 

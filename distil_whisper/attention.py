@@ -1,0 +1,34 @@
+"""Attention in bfloat16 on a CPU: torch's fused kernel reaches half of the rate of plain matrix products there, and a
+quarter for one query (without AMX; benchmarks/labelling.py measures the whole)."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+BY_PRODUCTS = "matrix_products"  # its name in transformers
+AT_ONCE = 250  # queries: their scores then stay in a core's cache
+AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel is fast but for one query
+
+
+def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
+    """What queries find [batch, heads, length, width] in values, whose keys they multiply; queries come scaled."""
+    bfloat16_on_cpu = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    if mask is not None or causal or not bfloat16_on_cpu or (AMX and queries.shape[2] > 1):
+        return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
+    keys = keys.mT
+    return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(AT_ONCE, 2)], 2)
+
+
+def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=None, **options):
+    """`attend` as transformers calls it; with gradients, which would keep all scores, torch's kernel."""
+    causal = query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
+    if attention_mask is not None or causal or dropout or torch.is_grad_enabled():
+        options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return attend(query * scaling, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BY_PRODUCTS, _forward)
+AttentionMaskInterface.register(BY_PRODUCTS, sdpa_mask)

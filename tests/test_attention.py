@@ -1,0 +1,105 @@
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from distil_whisper import attention
+from distil_whisper.attention import BY_PRODUCTS, attend
+from distil_whisper.models import load_whisper
+
+SDPA = "distil_whisper.attention.scaled_dot_product_attention"
+
+
+def heads(queries=600, keys=700, dtype=torch.bfloat16):
+    """Queries, keys and values of 2 windows and 3 heads; the queries are scaled."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = (queries, keys, keys)
+    some, others, values = (torch.randn(2, 3, size, 16, generator=draw).to(dtype) for size in sizes)
+    return some * 0.25, others, values
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The shapes of queries that torch's fused kernel is given."""
+    seen = []
+
+    def kernel(queries, *others, **options):
+        seen.append(tuple(queries.shape))
+        return scaled_dot_product_attention(queries, *others, **options)
+
+    monkeypatch.setattr(SDPA, kernel)
+    monkeypatch.setattr(attention, "AMX", False)
+    return seen
+
+
+@pytest.mark.parametrize("queries", [1, 250, 600])
+def test_products_find_what_the_fused_kernel_finds(fused, queries):
+    """As near to float32 as the fused kernel is, and in as many parts as the queries need."""
+    given = heads(queries)
+    exact = scaled_dot_product_attention(*(states.float() for states in given), scale=1.0)
+    found, kernel = attend(*given), scaled_dot_product_attention(*given, scale=1.0)
+    assert not fused and found.dtype == torch.bfloat16
+    error, of_kernel = ((states.float() - exact).norm() / exact.norm() for states in (found, kernel))
+    assert error < max(2 * of_kernel, 0.01)
+
+
+def test_when_the_fused_kernel_is_used(fused, monkeypatch):
+    """For float32, masks and the order of tokens; with AMX also for several queries."""
+    queries, keys, values = heads(5, 5)
+    attend(*(states.float() for states in heads(5, 5)))
+    attend(queries, keys, values, causal=True)
+    attend(queries, keys, values, mask=torch.ones(5, 5, dtype=torch.bool).tril())
+    assert len(fused) == 3
+    monkeypatch.setattr(attention, "AMX", True)
+    attend(queries, keys, values)
+    assert len(fused) == 4
+    attend(queries[:, :, :1], keys, values)
+    assert len(fused) == 4
+
+
+@pytest.fixture(scope="module")
+def pair(toy_teacher):
+    """One model with products, one with torch's kernel."""
+    return [
+        load_whisper(str(toy_teacher), dtype="bfloat16", attn_type=asked, device="cpu").model
+        for asked in (None, "sdpa")
+    ]
+
+
+def test_what_a_model_is_loaded_with(pair, toy_teacher):
+    assert [model.config._attn_implementation for model in pair] == [BY_PRODUCTS, "sdpa"]
+    exact = load_whisper(str(toy_teacher), device="cpu").model
+    assert exact.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_model_says_the_same_with_products(pair, fused, gradients):
+    """The encoder, a decoder whose tokens may not look ahead, and padding that nobody may look at."""
+    draw = torch.Generator().manual_seed(1)
+    config = pair[0].config
+    mels, frames = config.num_mel_bins, 2 * config.max_source_positions
+    features = torch.randn(2, mels, frames, generator=draw, dtype=torch.bfloat16)
+    tokens = torch.randint(0, 50, (2, 9), generator=draw)
+    seen = torch.ones_like(tokens)
+    seen[0, :4] = 0
+    for mask in (None, seen):
+        with torch.set_grad_enabled(gradients):
+            told = {"input_features": features, "decoder_input_ids": tokens, "decoder_attention_mask": mask}
+            ours, theirs = (model(**told).logits.float() for model in pair)
+        assert (ours - theirs)[1].norm() / theirs[1].norm() < 0.02
+        assert (ours - theirs)[0, 4:].norm() / theirs[0, 4:].norm() < 0.02
+        assert ours.requires_grad == gradients
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generate_works_with_products(pair, num_beams):
+    config = pair[0].config
+    features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=torch.bfloat16)
+    for model in pair:
+        told = {"language": "hi", "task": "transcribe", "num_beams": num_beams, "max_new_tokens": 5}
+        assert model.generate(features, **told).shape[1] <= 5
+
+
+def test_a_checkpoint_does_not_name_products(pair, tmp_path):
+    """Other programs do not know them."""
+    pair[0].save_pretrained(tmp_path)
+    assert BY_PRODUCTS not in (tmp_path / "config.json").read_text()
