@@ -60,7 +60,7 @@ class CTranslate2Decoder:
             encoded,
             [prefix] * len(waveforms),
             beam_size=self.num_beams,
-            max_length=len(prefix) + most,
+            max_length=max(2 * most, len(prefix) + most),  # it allows half of it, and what the prefix leaves of it
             return_scores=True,
             return_no_speech_prob=True,
             suppress_blank=self.suppressed_at_first,

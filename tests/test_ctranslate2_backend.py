@@ -27,6 +27,17 @@ def test_tokens_and_figures_are_those_of_the_greedy_search(teacher, utterances, 
     assert any(e.truncated for e in expected) == ("max_label_length" in options)
 
 
+@pytest.mark.parametrize("limit", [3, 30, None])
+def test_a_label_may_be_as_long_as_the_limit_or_the_positions(teacher, utterances, monkeypatch, limit):
+    """CTranslate2 itself stops at half of what it is given."""
+    monkeypatch.setattr(teacher.model.generation_config, "suppress_tokens", [teacher.grammar.end])
+    waveforms = stack([utterance.samples for utterance in utterances[:3]], teacher.window)
+    expected = Decoder(teacher, max_label_length=limit)(waveforms, "en", "transcribe")
+    found = CTranslate2Decoder(teacher, max_label_length=limit)(waveforms, "en", "transcribe")
+    assert [(f.ids, f.truncated) for f in found] == [(e.ids, e.truncated) for e in expected]
+    assert {len(f.ids) for f in found} == {limit or teacher.grammar.max_positions - 4}  # four tokens of prefix
+
+
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path):
     data = write_audio_dataset(tmp_path / "speech", utterances)
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--decode_token_ids", False, "--backend", "ctranslate2"]
