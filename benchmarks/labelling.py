@@ -1,20 +1,21 @@
-"""Time the decoding of windows by the labelling engine against `generate`.
+"""Time the labelling engine against `generate` as a first script calls it.
 
 python benchmarks/labelling.py --json labelling.json
 
-The reference is what a first script does: `WhisperFeatureExtractor`, then `generate(return_timestamps=True)`. The
-teacher has random weights and a real size, Whisper tiny on a CPU and large-v3 on a GPU, but for its positions: those
-make it write --label_tokens tokens between two timestamps, so that `generate` goes over each window once, as with a
-real transcript. All rows end together, so what the engine gains from rows that end early does not show. With
---model_name_or_path and --dataset_name both run on a real model and real speech, with its WER.
-Every variant runs in processes of its own, in turn; ratios are medians of pairs.
+The reference takes windows as they come: `WhisperFeatureExtractor`, then `generate(return_timestamps=True)`. The
+engine decodes windows of like length together. Their sound is 6 to 30 s long, as that of utterances; the teacher is a
+Whisper of a real size, tiny on a CPU and large-v3 on a GPU, whose weights are made up: it writes --label_tokens tokens
+for a full window, and fewer for shorter sound. The second comparison is of clips of 6 s, which the engine packs. With
+--model_name_or_path and --dataset_name the first one runs on a real model and real speech, with its WER.
+Every variant runs in processes of its own, in turn; ratios are medians of pairs. The figure called `speedup` is that
+in bfloat16 where bfloat16 leaves the words as they are (the WER, or all tokens where there is no transcript).
 """
 
 import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,83 +23,65 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import torch
-from measuring import SIZES, Clock, in_turn, machine, make_parser, this_device, write_json
+from measuring import Clock, in_turn, machine, make_parser, this_device, write_json
 
-from distil_whisper.audio import decode, stack
+from distil_whisper.audio import decode
 from distil_whisper.ctranslate2_backend import CTranslate2Decoder
 from distil_whisper.decoding import Decoder
+from distil_whisper.labelling import decode_windows
 from distil_whisper.meters import peak_memory
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import normaliser
-from distil_whisper.packing import Utterance, pack
+from distil_whisper.packing import Utterance, WindowAudio, pack, single
 from distil_whisper.reading import open_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import toy_whisper
+from talker import LEVELS, noise, save_talker
 
 GRAPHS = ("engine_graphs",) if torch.cuda.is_available() else ()  # the engine with --cuda_graphs
 VARIANTS = ("reference", "engine", *GRAPHS, "engine_bfloat16", "ctranslate2")
 CLIPS = ("reference_clips", "engine_packed")
 TOLD = ("en", "transcribe")
-PREFIX = 3  # <|startoftranscript|>, language, task
 
 
-def save_teacher(folder: Path, size: str, label_tokens: int) -> None:
-    """A Whisper of a real size that says the same thing of every window."""
-    of = SIZES[size]
-    torch.manual_seed(0)
-    small = toy_whisper.make_tokenizer(["one two three"])
-    tokenizer = toy_whisper.make_tokenizer(["one two three"], fillers=of["vocabulary"] - len(small))
-    shape = (30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
-    model = toy_whisper.make_model(tokenizer, *shape)
-    words = tokenizer.convert_tokens_to_ids(["o", "n", "e"] * label_tokens)[: label_tokens - 3]
-    ends = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
-    transcript = [ends[0], *words, *ends[1:]]
-    with torch.no_grad():
-        tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
-        tokens[ends[-1]] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
-        tokens[sorted(set(transcript))] *= 4  # likelier than all timestamps together, which Whisper's rules compare
-        places[PREFIX - 1 : PREFIX - 1 + len(transcript)] = 20 * tokens[transcript]
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    toy_whisper.WhisperFeatureExtractor(feature_size=of["mels"]).save_pretrained(folder)
-
-
-def windows(args, whisper: LoadedWhisper) -> tuple[list[np.ndarray], list[str | None]]:
-    """Audio of the benchmark and its transcripts: that of a dataset, or noise as long as the window or as a clip."""
+def windows(args, whisper: LoadedWhisper) -> tuple[list[WindowAudio], list[str | None]]:
+    """What is decoded and its transcripts: of a dataset, or sound as long as utterances or as clips."""
     count, draw = args.batches * args.batch_size, np.random.default_rng(1)
-    if args.variant in CLIPS:
-        noise = draw.standard_normal((args.batch_size * clips_in(args), int(args.clip_s * 16_000)), np.float32) * 0.1
-        clips = [Utterance(f"{number}", "recording", {}, samples) for number, samples in enumerate(noise)]
-        packed = [window.samples for window in pack(clips, whisper.window.samples)]
-        samples = list(noise) if args.variant == "reference_clips" else packed
-        return samples, [None] * len(samples)
-    if not args.dataset_name:
-        noise = draw.standard_normal((count, whisper.window.samples), np.float32) * 0.1
-        return list(noise), [None] * count
-    source = open_source(args.dataset_name, args.dataset_config_name, args.dataset_split_name)
-    rows = list(islice(source.rows(0), count))
-    return [decode(row["audio"], whisper.window.sampling_rate) for row in rows], [row.get("text") for row in rows]
-
-
-def clips_in(args) -> int:
-    """How many clips a window of 30 s holds."""
-    return int(30 // args.clip_s)
+    size, rate = whisper.window.samples, whisper.window.sampling_rate
+    if args.dataset_name and args.variant not in CLIPS:
+        source = open_source(args.dataset_name, args.dataset_config_name, args.dataset_split_name)
+        rows = list(islice(source.rows(0), count))
+        audio, texts = [decode(row["audio"], rate) for row in rows], [row.get("text") for row in rows]
+    else:
+        clips = args.variant in CLIPS
+        parts = [1] * (args.batch_size * LEVELS) if clips else draw.permutation(count) % LEVELS + 1
+        audio, texts = [noise(number, size, draw) for number in parts], [None] * len(parts)
+    utterances = [Utterance(str(n), "recording", {}, samples, TOLD) for n, samples in enumerate(audio)]
+    if args.variant == "engine_packed":
+        packed = list(pack(utterances, size))
+        return packed, [None] * len(packed)
+    return [single(utterance) for utterance in utterances], texts
 
 
 class Reference:
-    """`generate` as a first script calls it."""
+    """`generate` as a first script calls it: a batch at a time, as the windows come."""
 
-    def __init__(self, whisper: LoadedWhisper, clock: Clock, max_label_length: int):
-        self.whisper, self.clock, self.most = whisper, clock, max_label_length
+    def __init__(self, whisper: LoadedWhisper, clock: Clock, args):
+        self.whisper, self.clock = whisper, clock
+        self.batch_size, self.most = args.batch_size, args.max_label_length
 
-    def __call__(self, batch: Iterable[np.ndarray]) -> list[list[int]]:
+    def __call__(self, windows: Sequence[WindowAudio]) -> list[list[int]]:
         """The tokens of each window."""
+        batches = batched(iter(windows), self.batch_size)
+        return [tokens for batch in batches for tokens in self.of_batch([window.samples for window in batch])]
+
+    def of_batch(self, batch: list[np.ndarray]) -> list[list[int]]:
+        """The tokens of each window of a batch."""
         model, grammar = self.whisper.model, self.whisper.grammar
         with self.clock.part("log-mel"):
             rate = self.whisper.window.sampling_rate
-            features = self.whisper.feature_extractor(list(batch), sampling_rate=rate, return_tensors="pt")
+            features = self.whisper.feature_extractor(batch, sampling_rate=rate, return_tensors="pt")
             features = features.input_features.to(model.device, model.dtype)
         told = dict(zip(("language", "task"), TOLD, strict=True))
         found = model.generate(features, return_timestamps=True, max_new_tokens=self.most, num_beams=1, **told)
@@ -108,14 +91,15 @@ class Reference:
 class Engine:
     """The labelling engine, with one of its decoders."""
 
-    def __init__(self, whisper: LoadedWhisper, clock: Clock, max_label_length: int, make=Decoder):
-        self.whisper = whisper
-        self.decoder = make(whisper, max_label_length=max_label_length, return_timestamps=True)
+    def __init__(self, whisper: LoadedWhisper, clock: Clock, args, make=Decoder):
+        self.whisper, self.batch_size = whisper, args.batch_size
+        self.decoder = make(whisper, max_label_length=args.max_label_length, return_timestamps=True)
         clock.around(self.decoder, "log_mel", "log-mel")
 
-    def __call__(self, batch: Iterable[np.ndarray]) -> list[list[int]]:
+    def __call__(self, windows: Sequence[WindowAudio]) -> list[list[int]]:
         """The tokens of each window."""
-        found = self.decoder(stack(list(batch), self.whisper.window), *TOLD)
+        lengths = [len(window.samples) for window in windows]
+        found = decode_windows(self.decoder, windows, lengths, self.whisper.window, self.batch_size)
         return [self.whisper.grammar.spoken(result.ids) for result in found]
 
 
@@ -135,24 +119,21 @@ def run_variant(args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         name = None if args.variant in CLIPS else args.model_name_or_path
         if not name:
-            tokens = args.label_tokens // clips_in(args) if args.variant == "reference_clips" else args.label_tokens
-            save_teacher(Path(folder), args.size, tokens)
+            save_talker(Path(folder), args.size, args.label_tokens)
         whisper = load_whisper(name or folder, dtype=dtype, device=device)
     clock = Clock(device)
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
-    decode_batch = engine_of(args.variant)(whisper, clock, args.max_label_length)
-    audio, texts = windows(args, whisper)
-    audio, texts = zip(*sorted(zip(audio, texts, strict=True), key=lambda pair: len(pair[0])), strict=True)
-    decode_batch(audio[: args.batch_size])  # warms the machine up
+    decode_all = engine_of(args.variant)(whisper, clock, args)
+    heard, texts = windows(args, whisper)
+    decode_all(heard[: args.batch_size])  # warms the machine up
     clock.seconds.clear()
-    began, tokens = clock.now(), []
-    for batch in batched(iter(audio), args.batch_size):
-        tokens += decode_batch(batch)
+    began = clock.now()
+    tokens = decode_all(heard)
     seconds = clock.now() - began
     parts = {**clock.seconds, "decoder": seconds - sum(clock.seconds.values())}
-    heard = sum(len(samples) for samples in audio) / whisper.window.sampling_rate
+    audio = sum(len(window.samples) for window in heard) / whisper.window.sampling_rate
     wer = None if None in texts else error_rate(texts, tokens, whisper)
-    return {"seconds": seconds, "audio": heard, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
+    return {"seconds": seconds, "audio": audio, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
 
 
 def error_rate(texts: list[str], tokens: list[list[int]], whisper: LoadedWhisper) -> float:
@@ -160,11 +141,6 @@ def error_rate(texts: list[str], tokens: list[list[int]], whisper: LoadedWhisper
     rules, grammar = normaliser(None, TOLD[0], whisper.tokenizer), whisper.grammar
     said = [rules(whisper.tokenizer.decode([t for t in row if t < grammar.end])) for row in tokens]
     return 100 * jiwer.wer([rules(text) for text in texts], said)
-
-
-def ending(variant: str) -> str:
-    """What the names of a variant's figures end with."""
-    return "" if variant == "engine" else f"_{variant.removeprefix('engine_')}"
 
 
 def summarise(args, runs: dict[str, list[dict]]) -> dict:
@@ -189,6 +165,13 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         """The median of something a second."""
         return statistics.median(total(run) / run["seconds"] for run in of)
 
+    def wer(variant: str) -> float | None:
+        """Its WER, where there are transcripts."""
+        return runs[variant][0]["wer"]
+
+    known = wer("reference") is not None
+    same = wer("engine_bfloat16") <= wer("reference") if known else agreement("engine_bfloat16") == 1
+    best = "engine_bfloat16" if same else "engine"
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,
@@ -198,10 +181,13 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "audio_seconds_per_second": {name: rate(of, lambda run: run["audio"]) for name, of in runs.items()},
         "tokens_per_second": {name: rate(of, lambda run: sum(map(len, run["tokens"]))) for name, of in runs.items()},
         "peak_gb": {name: statistics.median(run["peak"] for run in of) / 1e9 for name, of in runs.items()},
+        "speedup": speedup(best),
+        "token_agreement": agreement(best),
+        "speedup_is_of": best,
+        "speedups": {name: speedup(name) for name in VARIANTS[1:]},
+        "token_agreements": {name: agreement(name) for name in VARIANTS[1:]},
         "speedup_packed": speedup("engine_packed", "reference_clips"),
-        **{f"speedup{ending(name)}": speedup(name) for name in VARIANTS[1:]},
-        **{f"token_agreement{ending(name)}": agreement(name) for name in VARIANTS[1:]},
-        "wer": {name: of[0]["wer"] for name, of in runs.items()},
+        "wer": {name: wer(name) for name in runs},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
 
@@ -215,9 +201,8 @@ def show(result: dict) -> None:
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
         print(f"{name:18}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
-    for name in VARIANTS[1:]:
-        speedup, agreement = result[f"speedup{ending(name)}"], result[f"token_agreement{ending(name)}"]
-        print(f"{name}: {speedup:.2f} times as fast, {agreement:.4f} of the tokens equal")
+    for name, speedup in result["speedups"].items():
+        print(f"{name}: {speedup:.2f} times as fast, {result['token_agreements'][name]:.4f} of the tokens equal")
     print(f"engine, clips packed: {result['speedup_packed']:.2f} times as fast as a window for each clip")
 
 
@@ -225,10 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     cuda = torch.cuda.is_available()
     parser = make_parser(__doc__, (*VARIANTS, *CLIPS))
     parser.add_argument("--batch_size", type=int, default=128 if cuda else 16)
-    parser.add_argument("--batches", type=int, default=4 if cuda else 2)
-    parser.add_argument("--label_tokens", type=int, default=128 if cuda else 64)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--label_tokens", type=int, default=100, help="Of a full window.")
     parser.add_argument("--max_label_length", type=int, default=225 if cuda else 128)
-    parser.add_argument("--clip_s", type=float, default=6.0, help="Length of the clips of the second comparison.")
     parser.add_argument("--model_name_or_path", help="A model to use in place of the one that is made.")
     parser.add_argument("--dataset_name", help="A dataset with a column text, for that model.")
     parser.add_argument("--dataset_config_name")

@@ -11,7 +11,7 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
-from distil_whisper.audio import AudioError, decode, encode, stack
+from distil_whisper.audio import AudioError, Window, decode, encode, stack
 from distil_whisper.decoding import Decoded, Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import batched
@@ -81,6 +81,19 @@ class Tally:
         return {"rows": self.rows, "seconds": self.seconds, "previous": self.previous}
 
 
+def decode_windows(
+    decoder: Decoder, windows: Sequence[WindowAudio], lengths: Sequence[int], size: Window, batch_size: int
+) -> list[Decoded]:
+    """What the teacher says of each window: those told the same thing and of like expected length go together."""
+    results: dict[int, Decoded] = {}
+    order = sorted(range(len(windows)), key=lambda place: (windows[place].told, lengths[place]))
+    for told, places in groupby(order, key=lambda place: windows[place].told):
+        for batch in batched(places, batch_size):
+            waveforms = stack([windows[place].samples for place in batch], size)
+            results.update(zip(batch, decoder(waveforms, *told), strict=True))
+    return [results[place] for place in range(len(windows))]
+
+
 class UnitLabeller:
     """Labels units of a source with a teacher. Batches, packing and prompts never cross a unit, so neither the number
     of processes nor a resume changes a row."""
@@ -111,7 +124,9 @@ class UnitLabeller:
         runs = batched(windows, settings.run_batches * settings.batch_size)
         for run in _one_ahead(runs, settings.num_workers):
             rows = []
-            for window, result in zip(run, self.decoded(run), strict=True):
+            lengths = self.expected_lengths(run)
+            results = decode_windows(self.decoder, run, lengths, self.whisper.window, settings.batch_size)
+            for window, result in zip(run, results, strict=True):
                 prompt = None if window.after_gap else tally.previous.get(window.recording_id)
                 rows.append(self.row(window, result, prompt))
                 if self.columns.owner or window.cut:
@@ -121,15 +136,10 @@ class UnitLabeller:
             tally.seconds += sum(row["duration"] for row in rows)
             yield rows
 
-    def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
-        """What the teacher says of each window: those told the same thing and of like length are decoded together."""
-        results: dict[int, Decoded] = {}
-        order = sorted(range(len(run)), key=lambda place: (run[place].told, len(run[place].samples)))
-        for told, places in groupby(order, key=lambda place: run[place].told):
-            for batch in batched(places, self.settings.batch_size):
-                waveforms = stack([run[place].samples for place in batch], self.whisper.window)
-                results.update(zip(batch, self.decoder(waveforms, *told), strict=True))
-        return [results[place] for place in range(len(run))]
+    def expected_lengths(self, run: Sequence[WindowAudio]) -> list[int]:
+        """What the lengths of the labels are expected to go with: those of the transcripts, else of the audio."""
+        texts = [self._joined_text(window) for window in run]
+        return [len(window.samples) for window in run] if None in texts else [len(text) for text in texts]
 
     def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
         """The windows that a unit's rows make."""

@@ -392,10 +392,16 @@ def test_rows_name_their_own_language_and_task(whisper, label):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_windows_of_like_length_are_decoded_together_and_rows_stay_in_order(whisper, label, num_workers):
-    ear, lengths = Ear(whisper.grammar), []
+@pytest.mark.parametrize("known", ["transcripts", "audio"])
+def test_windows_of_like_length_are_decoded_together_and_rows_stay_in_order(whisper, label, num_workers, known):
+    """The length of a label is expected to go with that of its transcript; without one, with that of its audio."""
+    ear, batches = Ear(whisper.grammar), []
     heard = ear._heard
-    ear._heard = lambda levels: lengths.append(np.count_nonzero(levels)) or heard(levels)
-    rows = [row(1 + i, seconds=seconds) for i, seconds in enumerate((3.0, 1.0, 2.0, 1.0, 3.0, 2.0))]
+    ear._heard = lambda levels: batches.append(levels.max()) or heard(levels)
+    lengths = (3, 1, 2, 1, 3, 2)
+    if known == "audio":
+        rows = [row(1 + place, seconds=length, text=None) for place, length in enumerate(lengths)]
+    else:
+        rows = [row(1 + place, seconds=4 - length, text="a" * length) for place, length in enumerate(lengths)]
     labelled, _ = label(*rows, ear=ear, num_workers=num_workers)
-    assert words(labelled) == WORDS[1:7] and lengths == sorted(lengths)
+    assert words(labelled) == WORDS[1:7] and batches == [2, 4, 3, 6, 1, 5]

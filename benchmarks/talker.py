@@ -1,0 +1,72 @@
+"""A Whisper of a real size with made-up weights that says more, the longer the sound of a window is."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from measuring import SIZES, this_device
+from toy_whisper import WhisperFeatureExtractor, make_model, make_tokenizer
+
+from distil_whisper.audio import LogMel
+from distil_whisper.models import encoder_states
+
+LEVELS = 5  # lengths of sound that the model tells apart: fifths of its window
+PREFIX = 3  # <|startoftranscript|>, language, task
+SAYS, APART = 20, 8  # how loud positions name a token, and how far apart the levels of sound are
+
+
+def noise(parts: int, samples: int, draw: np.random.Generator) -> np.ndarray:
+    """Sound as long as some of the LEVELS parts of a window."""
+    return draw.standard_normal(samples * parts // LEVELS, np.float32) * 0.1
+
+
+def save_talker(folder: Path, size: str, label_tokens: int) -> None:
+    """Write the checkpoint. Positions name what is said, label_tokens of it in a full window, as many fewer as the
+    window's sound is shorter: the last layer hears by uniform attention whether that is over."""
+    of = SIZES[size]
+    torch.manual_seed(0)
+    small = make_tokenizer(["one two three"])
+    tokenizer = make_tokenizer(["one two three"], fillers=of["vocabulary"] - len(small))
+    model = make_model(tokenizer, 30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
+    extractor = WhisperFeatureExtractor(feature_size=of["mels"])
+    words = tokenizer.convert_tokens_to_ids(["o", "n", "e"])
+    begin, closing, end = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
+    with torch.no_grad():
+        tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
+        tokens[end] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
+        tokens[[*words, begin, closing, end]] *= 4  # likelier than all timestamps together, which the rules compare
+        listen(model, extractor, tokens[closing])
+        said = places[PREFIX - 1 :]
+        said[0] = SAYS * tokens[begin]
+        for place in range(1, label_tokens):
+            said[place] = SAYS * tokens[words[place % len(words)]]
+        for level in range(1, LEVELS + 1):
+            last = label_tokens * level // LEVELS
+            # louder than the word there, and where there is more sound than that not as loud
+            said[last - 2] += (SAYS + APART * (level - 0.2)) * tokens[closing]
+            said[last - 1] += SAYS / 2 * tokens[end]  # chosen where no word may follow
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+
+
+def listen(model, extractor: WhisperFeatureExtractor, away_from: torch.Tensor) -> None:
+    """Let the decoder's last layer turn away from a token, by APART for each level of sound beyond the first."""
+    draw, samples = np.random.default_rng(0), 30 * extractor.sampling_rate
+    windows = np.zeros((LEVELS, samples), np.float32)
+    for parts, window in enumerate(windows, 1):
+        sound = noise(parts, samples, draw)
+        window[: len(sound)] = sound
+    device = this_device()
+    log_mel, encoder = LogMel(extractor).to(device), model.get_encoder().to(device).eval()
+    heard = encoder_states(encoder, log_mel(torch.from_numpy(windows).to(device))).mean(1).cpu()
+    model.cpu()
+    tells = heard[-1] - heard[0]  # the mean state goes along it nearly by equal steps
+    tells *= (LEVELS - 1) / (tells @ tells)
+    attention = model.model.decoder.layers[-1].encoder_attn
+    for layer in (attention.q_proj, attention.v_proj, attention.out_proj):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    attention.v_proj.weight[0] = tells
+    attention.v_proj.bias[0] = -heard[0] @ tells
+    attention.out_proj.weight[:, 0] = -APART * away_from
