@@ -111,6 +111,10 @@ class Arguments(ModelFields, DataFields, RunFields):
     cuda_graphs: bool = option(
         False, "Greedily on a GPU: launch a step of the decoder as one graph where few windows are left in a batch."
     )
+    draft_from_text: bool = option(
+        False,
+        "Greedily, read the transcripts as drafts of the labels: the same labels, in fewer steps of the decoder.",
+    )
     max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.")
     decode_token_ids: bool = option(
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
@@ -151,8 +155,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; {Arguments.__dataclass_fields__[name].metadata['help']}")
-    if args.cuda_graphs and (args.backend != "torch" or args.generation_num_beams > 1):
-        raise UserError("--cuda_graphs is for greedy search with --backend torch; leave it out")
+    check_search(args)
     if args.concatenate_audio and not (args.speaker_id_column_name or args.recording_id_column_name):
         raise UserError(
             "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name, to know which "
@@ -165,6 +168,15 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
             raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")
     return args
+
+
+def check_search(args: Arguments) -> None:
+    """Raise UserError for ways to search faster that do not go with others."""
+    for name in ("cuda_graphs", "draft_from_text"):
+        if getattr(args, name) and (args.backend != "torch" or args.generation_num_beams > 1):
+            raise UserError(f"--{name} is for greedy search with --backend torch; leave it out")
+    if args.cuda_graphs and args.draft_from_text:
+        raise UserError("--cuda_graphs and --draft_from_text exclude each other; give one of them")
 
 
 def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:
@@ -220,7 +232,14 @@ def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
             )
     roles = [given_or("text", None), given("id"), given("speaker_id"), given("recording_id")]
     roles += [given_or("language", args.language), given_or("task", args.task)]
-    return [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]
+    columns = [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]
+    for source, of_source in zip(sources, columns, strict=True):
+        if args.draft_from_text and of_source.text is None:
+            raise UserError(
+                f"--draft_from_text needs transcripts, and {source.label} has no column text; name their column with "
+                "--text_column_name, or leave the flag out"
+            )
+    return columns
 
 
 def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabeller, Features]:
@@ -249,6 +268,7 @@ def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabel
         args.per_device_eval_batch_size,
         args.dataloader_num_workers,
         min(RUN_BATCHES, args.logging_steps),
+        args.draft_from_text,
     )
     return UnitLabeller(job.whisper, job.decoder, columns, settings, job.normalisers, renamed), features
 

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from distil_whisper.audio import LogMel
+from distil_whisper.drafts import drafted_search
 from distil_whisper.errors import UserError
 from distil_whisper.greedy import Rules, greedy_search
 from distil_whisper.models import LoadedWhisper, encoder_states
@@ -69,25 +70,37 @@ class Decoder:
         self.return_timestamps = return_timestamps
 
     @torch.no_grad()
-    def __call__(self, waveforms: torch.Tensor, language: str | None, task: str | None) -> list[Decoded]:
+    def __call__(
+        self, waveforms: torch.Tensor, language: str | None, task: str | None, texts: list[str | None] | None = None
+    ) -> list[Decoded]:
         """Decode waveforms [B, samples] (float32, the window's length, on any device), one result a row.
 
-        language is a code; both are None for an English-only model. Raises UserError if a multilingual model has none.
+        language is a code; both are None for an English-only model. texts: what is probably said, for a greedy search
+        that reads it as a draft. Raises UserError if a multilingual model has no language.
         """
         prefix = self.grammar.prefix(language, task, self.return_timestamps)
         features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
         encoded = encoder_states(self.model.get_encoder(), features)
         if self.num_beams == 1:
-            return self._greedy(encoded, prefix)
+            return self._greedy(encoded, prefix, texts and [self._draft(text or "", language) for text in texts])
         return self._beams(encoded, prefix, language, task)
 
-    def _greedy(self, encoded: torch.Tensor, prefix: list[int]) -> list[Decoded]:
+    def _greedy(
+        self, encoded: torch.Tensor, prefix: list[int], drafts: list[list[int]] | None = None
+    ) -> list[Decoded]:
         grammar, config = self.grammar, self.model.generation_config
         vocabulary = self.model.config.vocab_size
         rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
-        found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
+        if drafts is None:
+            found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
+        else:
+            found = drafted_search(self.model, encoded, prefix, rules, most, drafts)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
+
+    def _draft(self, text: str, language: str | None) -> list[int]:
+        """What a label would be if a transcript was right; no label is in capitals throughout."""
+        return self.grammar.encode_transcript(text.lower() if text.isupper() else text, language)
 
     def _beams(
         self, encoded: torch.Tensor, prefix: list[int], language: str | None, task: str | None

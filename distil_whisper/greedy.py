@@ -44,12 +44,16 @@ class Rules:
             for tokens in (always, at_first)
         )
 
-    def choose(self, logits: torch.Tensor, history: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest allowed token of each row behind the tokens so far [batch, length], and its log-probability.
+    def nothing_said(self, rows: int) -> "Said":
+        """What rows have said at their beginning, which the rules take as following a pair of timestamps."""
+        begin = torch.full((rows, 2), self.begin, device=self.always.device)
+        return Said(begin, begin[:, 0] - 1)
+
+    def choose(self, logits: torch.Tensor, said: "Said", first: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest allowed token of each row behind what it has said, and its log-probability.
 
         logits [batch, vocabulary] are overwritten: those of tokens that may not follow become -inf.
         """
-        first = history.shape[1] == 0
         logits.index_fill_(1, self.at_first if first else self.always, -torch.inf)
         if not self.timestamps:
             best, chosen = logits.max(-1)
@@ -62,7 +66,7 @@ class Rules:
                 times[:, self.last_at_first + 1 :] = -torch.inf
             best, chosen = times.max(-1)
             return chosen + self.begin, best - times.logsumexp(-1)
-        no_words = self._in_pairs(times, history)
+        no_words = self._in_pairs(times, said)
         parts = [[part.max(-1), part.logsumexp(-1)] for part in (words, others, times)]
         best = torch.stack([found.values for found, _ in parts], 1)
         total = torch.stack([total for _, total in parts], 1)
@@ -75,17 +79,40 @@ class Rules:
         tokens = torch.stack([found.indices for found, _ in parts], 1) + starts
         return tokens.gather(1, which[:, None])[:, 0], value - total.logsumexp(1)
 
-    def _in_pairs(self, times: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    def _in_pairs(self, times: torch.Tensor, said: "Said") -> torch.Tensor:
         """Forbid timestamps that may not follow; returns the rows in which no word may."""
-        is_time = history >= self.begin
-        last = is_time[:, -1]
-        before = is_time[:, -2] if history.shape[1] > 1 else torch.ones_like(last)
+        before, last = (said.recent >= self.begin).unbind(1)
         opened = last & ~before  # a segment was ended: only a timestamp or the end may follow
-        latest = torch.where(is_time, history, self.begin - 1).amax(1) - self.begin
-        earliest = torch.where(opened, latest, latest + 1).clamp(min=0)
+        latest = said.latest - self.begin
+        earliest = torch.where(opened, latest, latest + 1)
         place = torch.arange(times.shape[1], device=times.device)
         times.masked_fill_((place < earliest[:, None]) | (last & before)[:, None], -torch.inf)
         return opened
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the rules look at of what each row has said: its last two tokens [batch, 2], its latest timestamp [batch]
+    (the token before all timestamps, if there was none)."""
+
+    recent: torch.Tensor
+    latest: torch.Tensor
+
+    def and_then(self, tokens: torch.Tensor, begin: int) -> "Said":
+        """With one more token of each row [batch]."""
+        recent = torch.stack([self.recent[:, 1], tokens], 1)
+        return Said(recent, torch.where(tokens >= begin, tokens, self.latest))
+
+    def along(self, tokens: torch.Tensor, begin: int) -> "Said":
+        """At each place of further tokens [batch, length], before and behind them: [batch * (length + 1)]."""
+        recent = torch.cat([self.recent, tokens], 1).unfold(1, 2, 1)
+        times = torch.where(tokens >= begin, tokens, begin - 1)
+        latest = torch.cat([self.latest[:, None], times], 1).cummax(1).values
+        return Said(recent.flatten(0, 1), latest.flatten())
+
+    def of(self, rows: torch.Tensor) -> "Said":
+        """What these rows have said."""
+        return Said(self.recent[rows], self.latest[rows])
 
 
 class Replayed:
@@ -141,8 +168,14 @@ class DecoderSteps:
             shape = (batch, attention.num_heads, most, attention.head_dim)
             self.said.append(tuple(keys.new_zeros(shape) for _ in range(2)))  # of its type, which autocast decides
 
-    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, length, width] of the next tokens [batch, length]."""
+    def __call__(self, tokens: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [batch, length, width] of tokens [batch, length].
+
+        They are the next ones of each row, or with places [batch, length] those there; what was at these places and
+        behind them is forgotten.
+        """
+        if places is not None:
+            return self._through(tokens, places)
         begin, self.length = self.length, self.length + tokens.shape[1]
         places = self.places[begin : self.length]
         if not self.graphs or len(tokens) > GRAPH_ROWS or len(places) > 1:
@@ -152,15 +185,21 @@ class DecoderSteps:
         return self.graph(tokens, places)
 
     def _through(self, tokens: torch.Tensor, places: torch.Tensor, seen: int | None = None) -> torch.Tensor:
-        """The layers, for tokens at some places. seen: how many places there are up to the last of them; None for one
-        token that masks the places behind its own, so that the shapes are the same at every place."""
-        decoder, causal = self.decoder, len(places) > 1
-        mask = (self.places <= places)[None] if seen is None else None
-        hidden = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[places]
+        """The layers, for tokens at places [length] of all rows or [batch, length]. seen: how many places there are up
+        to the last of them; None to mask those behind each token, so that the shapes are the same at every place."""
+        decoder, causal, by_row = self.decoder, seen is not None and len(places) > 1, places.ndim == 2
+        mask = self.places <= places[..., None] if seen is None else None
+        mask = mask[:, None] if by_row else mask
+        positions = decoder.embed_positions.weight
+        hidden = decoder.embed_tokens(tokens) + positions[places.clamp(max=len(positions) - 1)]
         for layer, heard, said in zip(decoder.layers, self.heard, self.said, strict=True):
             states = layer.self_attn_layer_norm(hidden)
             for cache, project in zip(said, (layer.self_attn.k_proj, layer.self_attn.v_proj), strict=True):
-                cache.index_copy_(2, places, _heads(project(states), layer.self_attn))
+                new = _heads(project(states), layer.self_attn)
+                if by_row:
+                    cache.scatter_(2, places[:, None, :, None].expand_as(new), new)
+                else:
+                    cache.index_copy_(2, places, new)
             past = (cache[:, :, :seen] for cache in said)
             hidden = hidden + _attended(layer.self_attn, states, *past, causal=causal, mask=mask)
             hidden = hidden + _attended(layer.encoder_attn, layer.encoder_attn_layer_norm(hidden), *heard)
@@ -201,7 +240,7 @@ def greedy_search(
     rows = torch.arange(len(encoded), device=encoded.device)
     decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most - 1, graphs)
     inputs = torch.tensor([prefix], device=encoded.device).expand(len(encoded), -1)
-    history = inputs[:, :0]
+    said = rules.nothing_said(len(encoded))
     tokens = torch.full((len(encoded), most), rules.end, device=encoded.device)
     logprobs = torch.zeros(len(encoded), most, device=encoded.device)
     first_logits = None
@@ -209,16 +248,16 @@ def greedy_search(
         hidden = decode(inputs)
         if first_logits is None:
             first_logits = model.proj_out(hidden[:, 0]).float()
-        chosen, logprob = rules.choose(model.proj_out(hidden[:, -1]).float(), history)
+        chosen, logprob = rules.choose(model.proj_out(hidden[:, -1]).float(), said, first=step == 0)
         tokens[rows, step], logprobs[rows, step] = chosen, logprob
         running = chosen != rules.end
-        inputs, history = chosen[:, None], torch.cat([history, chosen[:, None]], 1)
+        inputs, said = chosen[:, None], said.and_then(chosen, rules.begin)
         left = int(running.sum())
         if left == 0:
             break
         if left < COMPACT_BELOW * len(rows) and decode.graph is None:  # a graph costs the same with any rows in it
             kept = running.nonzero().flatten()
-            rows, inputs, history = rows[kept], inputs[kept], history[kept]
+            rows, inputs, said = rows[kept], inputs[kept], said.of(kept)
             decode.keep(kept)
     return _until_end(tokens, logprobs, first_logits, rules.end)
 

@@ -59,6 +59,7 @@ class LabellingSettings:
     batch_size: int
     num_workers: int
     run_batches: int = RUN_BATCHES
+    draft_from_text: bool = False
 
 
 @dataclass
@@ -82,15 +83,24 @@ class Tally:
 
 
 def decode_windows(
-    decoder: Decoder, windows: Sequence[WindowAudio], lengths: Sequence[int], size: Window, batch_size: int
+    decoder: Decoder,
+    windows: Sequence[WindowAudio],
+    lengths: Sequence[int],
+    size: Window,
+    batch_size: int,
+    texts: Sequence[str | None] | None = None,
 ) -> list[Decoded]:
-    """What the teacher says of each window: those told the same thing and of like expected length go together."""
+    """What the teacher says of each window: those told the same thing and of like expected length go together.
+
+    texts: what they probably say, for a decoder that reads drafts.
+    """
     results: dict[int, Decoded] = {}
     order = sorted(range(len(windows)), key=lambda place: (windows[place].told, lengths[place]))
     for told, places in groupby(order, key=lambda place: windows[place].told):
         for batch in batched(places, batch_size):
             waveforms = stack([windows[place].samples for place in batch], size)
-            results.update(zip(batch, decoder(waveforms, *told), strict=True))
+            drafts = {} if texts is None or told[1] == "translate" else {"texts": [texts[place] for place in batch]}
+            results.update(zip(batch, decoder(waveforms, *told, **drafts), strict=True))
     return [results[place] for place in range(len(windows))]
 
 
@@ -124,9 +134,7 @@ class UnitLabeller:
         runs = batched(windows, settings.run_batches * settings.batch_size)
         for run in _one_ahead(runs, settings.num_workers):
             rows = []
-            lengths = self.expected_lengths(run)
-            results = decode_windows(self.decoder, run, lengths, self.whisper.window, settings.batch_size)
-            for window, result in zip(run, results, strict=True):
+            for window, result in zip(run, self.decoded(run), strict=True):
                 prompt = None if window.after_gap else tally.previous.get(window.recording_id)
                 rows.append(self.row(window, result, prompt))
                 if self.columns.owner or window.cut:
@@ -136,10 +144,13 @@ class UnitLabeller:
             tally.seconds += sum(row["duration"] for row in rows)
             yield rows
 
-    def expected_lengths(self, run: Sequence[WindowAudio]) -> list[int]:
-        """What the lengths of the labels are expected to go with: those of the transcripts, else of the audio."""
+    def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
+        """What the teacher says of each window; the length of a label goes with that of its transcript, else of its
+        audio."""
         texts = [self._joined_text(window) for window in run]
-        return [len(window.samples) for window in run] if None in texts else [len(text) for text in texts]
+        lengths = [len(window.samples) for window in run] if None in texts else [len(text) for text in texts]
+        drafts = texts if self.settings.draft_from_text else None
+        return decode_windows(self.decoder, run, lengths, self.whisper.window, self.settings.batch_size, drafts)
 
     def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
         """The windows that a unit's rows make."""

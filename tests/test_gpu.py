@@ -42,6 +42,9 @@ def test_tokens(taught, utterances, monkeypatch, graphs, graph_rows):
     found = Decoder(gpu, return_timestamps=True, cuda_graphs=graphs)(waveforms, "en", "transcribe")
     assert [row.ids for row in found] == [row.ids for row in expected]
     assert [row.avg_logprob for row in found] == pytest.approx([row.avg_logprob for row in expected], abs=1e-3)
+    texts = [utterance.text for utterance in utterances]
+    drafted = Decoder(gpu, return_timestamps=True)(waveforms, "en", "transcribe", texts)
+    assert [row.ids for row in drafted] == [row.ids for row in expected]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -391,6 +391,32 @@ def test_rows_name_their_own_language_and_task(whisper, label):
     assert not without and tally.skipped[0]["reason"] == "no language in column lang"
 
 
+def test_a_decoder_is_given_the_texts_of_its_windows_but_for_translations(whisper, label):
+    ear, given = Ear(whisper.grammar), []
+
+    class Reader:
+        grammar = ear.grammar
+
+        def __call__(self, waveforms, language, task, texts=None):
+            heard = ear(waveforms, language, task)
+            given.append((task, texts, [plain_text(ear.grammar.decode(decoded.ids)) for decoded in heard]))
+            return heard
+
+    columns = Columns("audio", "text", "id", "who", task="job")
+    jobs = ["transcribe", "translate", "transcribe", "transcribe", "translate"]
+    rows = [{**row(level), "job": job} for level, job in enumerate(jobs, 1)]
+    rows[3]["text"] = None
+    labelled, _ = label(*rows, columns=columns, ear=Reader(), draft_from_text=True, batch_size=3)
+    assert words(labelled) == WORDS[1:6]
+    assert given == [
+        ("transcribe", ["one", "three", None], ["one", "three", "four"]),
+        ("translate", None, ["two", "five"]),
+    ]
+    given.clear()
+    label(*rows, columns=columns, ear=Reader(), batch_size=3)
+    assert [texts for _, texts, _ in given] == [None, None]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("known", ["transcripts", "audio"])
 def test_windows_of_like_length_are_decoded_together_and_rows_stay_in_order(whisper, label, num_workers, known):
