@@ -37,10 +37,10 @@ from distil_whisper.packing import Utterance, WindowAudio, pack, single
 from distil_whisper.reading import open_source
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-from talker import LEVELS, noise, save_talker
+from talker import LEVELS, noise, save_talker, transcript
 
-GRAPHS = ("engine_graphs",) if torch.cuda.is_available() else ()  # the engine with --cuda_graphs
-VARIANTS = ("reference", "engine", *GRAPHS, "engine_bfloat16", "ctranslate2")
+OTHERS = ("engine_graphs",) if torch.cuda.is_available() else ("engine_bfloat16", "engine_bfloat16_drafts")
+VARIANTS = ("reference", "engine", "engine_drafts", *OTHERS, "ctranslate2")
 CLIPS = ("reference_clips", "engine_packed")
 TOLD = ("en", "transcribe")
 
@@ -56,7 +56,8 @@ def windows(args, whisper: LoadedWhisper) -> tuple[list[WindowAudio], list[str |
     else:
         clips = args.variant in CLIPS
         parts = [1] * (args.batch_size * LEVELS) if clips else draw.permutation(count) % LEVELS + 1
-        audio, texts = [noise(number, size, draw) for number in parts], [None] * len(parts)
+        audio = [noise(number, size, draw) for number in parts]
+        texts = [transcript(number, args.label_tokens, draw) for number in parts]
     utterances = [Utterance(str(n), "recording", {}, samples, TOLD) for n, samples in enumerate(audio)]
     if args.variant == "engine_packed":
         packed = list(pack(utterances, size))
@@ -71,7 +72,7 @@ class Reference:
         self.whisper, self.clock = whisper, clock
         self.batch_size, self.most = args.batch_size, args.max_label_length
 
-    def __call__(self, windows: Sequence[WindowAudio]) -> list[list[int]]:
+    def __call__(self, windows: Sequence[WindowAudio], _texts: Sequence[str | None]) -> list[list[int]]:
         """The tokens of each window."""
         batches = batched(iter(windows), self.batch_size)
         return [tokens for batch in batches for tokens in self.of_batch([window.samples for window in batch])]
@@ -92,14 +93,15 @@ class Engine:
     """The labelling engine, with one of its decoders."""
 
     def __init__(self, whisper: LoadedWhisper, clock: Clock, args, make=Decoder):
-        self.whisper, self.batch_size = whisper, args.batch_size
+        self.whisper, self.batch_size, self.drafts = whisper, args.batch_size, args.variant.endswith("drafts")
         self.decoder = make(whisper, max_label_length=args.max_label_length, return_timestamps=True)
         clock.around(self.decoder, "log_mel", "log-mel")
 
-    def __call__(self, windows: Sequence[WindowAudio]) -> list[list[int]]:
+    def __call__(self, windows: Sequence[WindowAudio], texts: Sequence[str | None]) -> list[list[int]]:
         """The tokens of each window."""
         lengths = [len(window.samples) for window in windows]
-        found = decode_windows(self.decoder, windows, lengths, self.whisper.window, self.batch_size)
+        drafts = texts if self.drafts else None
+        found = decode_windows(self.decoder, windows, lengths, self.whisper.window, self.batch_size, drafts)
         return [self.whisper.grammar.spoken(result.ids) for result in found]
 
 
@@ -107,7 +109,7 @@ def engine_of(variant: str):
     """What decodes in a variant."""
     if variant == "ctranslate2":
         return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
-    if variant in GRAPHS:
+    if variant == "engine_graphs":
         return partial(Engine, make=partial(Decoder, cuda_graphs=True))
     return Reference if variant.startswith("reference") else Engine
 
@@ -115,7 +117,7 @@ def engine_of(variant: str):
 def run_variant(args) -> dict:
     """One variant in this process: seconds, tokens by window, peak memory, parts, and texts where there is speech."""
     device = this_device()
-    dtype = "bfloat16" if args.variant.endswith("bfloat16") else args.dtype
+    dtype = "bfloat16" if "bfloat16" in args.variant else args.dtype
     with tempfile.TemporaryDirectory() as folder:
         name = None if args.variant in CLIPS else args.model_name_or_path
         if not name:
@@ -125,14 +127,14 @@ def run_variant(args) -> dict:
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
     decode_all = engine_of(args.variant)(whisper, clock, args)
     heard, texts = windows(args, whisper)
-    decode_all(heard[: args.batch_size])  # warms the machine up
+    decode_all(heard[: args.batch_size], texts[: args.batch_size])  # warms the machine up
     clock.seconds.clear()
     began = clock.now()
-    tokens = decode_all(heard)
+    tokens = decode_all(heard, texts)
     seconds = clock.now() - began
     parts = {**clock.seconds, "decoder": seconds - sum(clock.seconds.values())}
     audio = sum(len(window.samples) for window in heard) / whisper.window.sampling_rate
-    wer = None if None in texts else error_rate(texts, tokens, whisper)
+    wer = error_rate(texts, tokens, whisper) if args.dataset_name and args.variant not in CLIPS else None
     return {"seconds": seconds, "audio": audio, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
 
 
@@ -169,9 +171,11 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         """Its WER, where there are transcripts."""
         return runs[variant][0]["wer"]
 
-    known = wer("reference") is not None
-    same = wer("engine_bfloat16") <= wer("reference") if known else agreement("engine_bfloat16") == 1
-    best = "engine_bfloat16" if same else "engine"
+    best = "engine"
+    if "engine_bfloat16" in runs:
+        known = wer("reference") is not None
+        same = wer("engine_bfloat16") <= wer("reference") if known else agreement("engine_bfloat16") == 1
+        best = "engine_bfloat16" if same else best
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,
@@ -195,12 +199,12 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
 def show(result: dict) -> None:
     """The result as a table."""
     print(f"{result['machine']}; {result['model']}, {result['dtype']}, batch {result['batch_size']}")
-    print(f"{'':18}{'audio s/s':>10}{'tokens/s':>10}{'peak GB':>9}{'WER %':>8}   time by part")
+    print(f"{'':24}{'audio s/s':>10}{'tokens/s':>10}{'peak GB':>9}{'WER %':>8}   time by part")
     for name in (*VARIANTS, *CLIPS):
         row = [result[key][name] for key in ("audio_seconds_per_second", "tokens_per_second", "peak_gb")]
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
-        print(f"{name:18}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
+        print(f"{name:24}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
     for name, speedup in result["speedups"].items():
         print(f"{name}: {speedup:.2f} times as fast, {result['token_agreements'][name]:.4f} of the tokens equal")
     print(f"engine, clips packed: {result['speedup_packed']:.2f} times as fast as a window for each clip")

@@ -12,6 +12,7 @@ from distil_whisper.models import encoder_states
 
 LEVELS = 5  # lengths of sound that the model tells apart: fifths of its window
 PREFIX = 3  # <|startoftranscript|>, language, task
+WORDS = [one + two for one in ("ba", "de", "ki", "lo", "mu", "na", "po") for two in ("fa", "gi", "hu", "je", "to")]
 SAYS, APART = 20, 8  # how loud positions name a token, and how far apart the levels of sound are
 
 
@@ -20,26 +21,39 @@ def noise(parts: int, samples: int, draw: np.random.Generator) -> np.ndarray:
     return draw.standard_normal(samples * parts // LEVELS, np.float32) * 0.1
 
 
+def words_of(parts: int, label_tokens: int) -> list[str]:
+    """What is said of such a sound, a token each; two timestamps and the end token come to them."""
+    return [WORDS[place % len(WORDS)] for place in range(label_tokens * parts // LEVELS - 3)]
+
+
+def transcript(parts: int, label_tokens: int, draw: np.random.Generator) -> str:
+    """A transcript of it in which a tenth of the words are wrong."""
+    return " ".join(draw.choice(WORDS) if draw.random() < 0.1 else word for word in words_of(parts, label_tokens))
+
+
 def save_talker(folder: Path, size: str, label_tokens: int) -> None:
     """Write the checkpoint. Positions name what is said, label_tokens of it in a full window, as many fewer as the
     window's sound is shorter: the last layer hears by uniform attention whether that is over."""
     of = SIZES[size]
     torch.manual_seed(0)
-    small = make_tokenizer(["one two three"])
-    tokenizer = make_tokenizer(["one two three"], fillers=of["vocabulary"] - len(small))
+    text = " " + " ".join(WORDS)
+    small = make_tokenizer([text], vocab_size=1000)
+    tokenizer = make_tokenizer([text], vocab_size=1000, fillers=of["vocabulary"] - len(small))
     model = make_model(tokenizer, 30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
     extractor = WhisperFeatureExtractor(feature_size=of["mels"])
-    words = tokenizer.convert_tokens_to_ids(["o", "n", "e"])
+    words = tokenizer.encode(" " + " ".join(words_of(LEVELS, label_tokens)), add_special_tokens=False)
     begin, closing, end = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
     with torch.no_grad():
         tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
         tokens[end] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
-        tokens[[*words, begin, closing, end]] *= 4  # likelier than all timestamps together, which the rules compare
+        tokens[list({*words, begin, closing, end})] *= (
+            4  # likelier than all timestamps together, which the rules compare
+        )
         listen(model, extractor, tokens[closing])
         said = places[PREFIX - 1 :]
         said[0] = SAYS * tokens[begin]
-        for place in range(1, label_tokens):
-            said[place] = SAYS * tokens[words[place % len(words)]]
+        for place, word in enumerate(words, 1):
+            said[place] = SAYS * tokens[word]
         for level in range(1, LEVELS + 1):
             last = label_tokens * level // LEVELS
             # louder than the word there, and where there is more sound than that not as loud

@@ -123,6 +123,8 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, samples: torch.Tensor) -> torch.Tensor:
+        if samples.device.type == "cpu" and len(samples) > 1:  # memory of the size of a window is used again
+            return torch.cat([self(window) for window in samples.split(1)])
         # A half-precision autocast around the model would otherwise reach the product with the filters.
         with torch.autocast(samples.device.type, enabled=False):
             spectrum = torch.stft(

@@ -95,7 +95,7 @@ class Decoder:
         if drafts is None:
             found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
         else:
-            found = drafted_search(self.model, encoded, prefix, rules, most, drafts)
+            found = drafted_search(self.model, encoded, prefix, rules, most, drafts, grammar.opening)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
 
     def _draft(self, text: str, language: str | None) -> list[int]:

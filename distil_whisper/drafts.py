@@ -12,20 +12,23 @@ from transformers import WhisperForConditionalGeneration
 from distil_whisper.greedy import COMPACT_BELOW, DecoderSteps, Found, Rules, Said
 
 AT_ONCE = 4  # tokens of a draft that are read together with the last one said
-AHEAD = 12  # tokens of a draft among which its place is found again when something else was said
+NEARBY = 12  # tokens of a draft, either way, among which its place is found again when something else was said
 TRIAL = 8  # steps after which a batch must find WORTH tokens in a step, or it goes on with one at a time
 WORTH = 1.5
 
 
 @dataclass
 class Row:
-    """What was found of a row so far, and where its draft stands. begin: the first timestamp."""
+    """What was found of a row so far, and where its draft stands. begin: the first timestamp; opening: the tokens that
+    begin a word."""
 
     draft: list[int]
     begin: int
+    opening: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     place: int = 0
+    lost: bool = False
     ended: bool = False
 
     def proposed(self, count: int) -> list[int]:
@@ -43,9 +46,20 @@ class Row:
         self.tokens += said[:count]
         self.logprobs += logprobs[:count]
         for token in said[:count]:
-            ahead = self.draft[self.place : self.place + AHEAD]
-            self.place += ahead.index(token) + 1 if token in ahead else 0
+            self._follow(token)
         return count
+
+    def _follow(self, token: int) -> None:
+        """Go on in the draft behind the nearest token that is the one said; if there is none, behind the word that was
+        said otherwise, unless that was done before. What begins no word, such as a comma, was put in."""
+        nearby = range(max(self.place - NEARBY, 0), min(self.place + NEARBY, len(self.draft)))
+        same = [place for place in nearby if self.draft[place] == token]
+        if same:
+            self.place = min(same, key=lambda place: abs(place - self.place)) + 1
+        elif token in self.opening and not self.lost:
+            words = (place for place in range(self.place + 1, len(self.draft)) if self.draft[place] in self.opening)
+            self.place = next(words, len(self.draft))
+        self.lost = not same
 
 
 @torch.no_grad()
@@ -56,8 +70,9 @@ def drafted_search(
     rules: Rules,
     most: int,
     drafts: list[list[int]],
+    opening: frozenset[int],
 ) -> Found:
-    """`greedy_search` with a draft of the words of each row, which may be empty."""
+    """`greedy_search` with a draft of the words of each row, which may be empty. opening: tokens that begin a word."""
 
     def chosen(hidden: torch.Tensor, said: Said, first: bool = False) -> tuple[list, list]:
         """What is said behind each token [batch, length], and its log-probability."""
@@ -68,7 +83,7 @@ def drafted_search(
     decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most + width)
     hidden = decode(torch.tensor([prefix], device=device).expand(len(encoded), -1))
     first_logits = model.proj_out(hidden[:, 0]).float()
-    rows = [Row(draft, rules.begin) for draft in drafts]
+    rows = [Row(draft, rules.begin, opening) for draft in drafts]
     inside, proposed = rows, [[] for _ in rows]  # inside: those that the caches are of
     said = chosen(hidden[:, -1:], rules.nothing_said(len(rows)), first=True)
     steps = found = 0
@@ -91,7 +106,7 @@ def drafted_search(
         inputs = torch.tensor([row + [rules.end] * (length - len(row)) for row in inputs], device=device)
         behind = torch.tensor([len(row.tokens) for row in inside], device=device)
         places = len(prefix) - 1 + behind[:, None] + torch.arange(length, device=device)
-        said = chosen(decode(inputs, places), _said(inside, rules.begin, device).along(inputs[:, 1:], rules.begin))
+        said = chosen(decode(inputs, places), _said(inside, rules.begin, device).along(inputs[:, 1:]))
 
 
 def _said(rows: list[Row], begin: int, device) -> Said:

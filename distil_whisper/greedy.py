@@ -103,12 +103,11 @@ class Said:
         recent = torch.stack([self.recent[:, 1], tokens], 1)
         return Said(recent, torch.where(tokens >= begin, tokens, self.latest))
 
-    def along(self, tokens: torch.Tensor, begin: int) -> "Said":
-        """At each place of further tokens [batch, length], before and behind them: [batch * (length + 1)]."""
+    def along(self, tokens: torch.Tensor) -> "Said":
+        """Before and behind each of further tokens [batch, length], which hold no later timestamp:
+        [batch * (length + 1)]."""
         recent = torch.cat([self.recent, tokens], 1).unfold(1, 2, 1)
-        times = torch.where(tokens >= begin, tokens, begin - 1)
-        latest = torch.cat([self.latest[:, None], times], 1).cummax(1).values
-        return Said(recent.flatten(0, 1), latest.flatten())
+        return Said(recent.flatten(0, 1), self.latest.repeat_interleave(recent.shape[1]))
 
     def of(self, rows: torch.Tensor) -> "Said":
         """What these rows have said."""

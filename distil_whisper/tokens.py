@@ -82,6 +82,11 @@ class Grammar:
             c: self._vocabulary[f"<|{c}|>"] for c in LANGUAGES if self.multilingual and f"<|{c}|>" in self._vocabulary
         }
 
+    @functools.cached_property
+    def opening(self) -> frozenset[int]:
+        """The tokens that begin a word with a space."""
+        return frozenset(token for text, token in self._vocabulary.items() if text.startswith("Ġ"))
+
     def prefix(self, language: str | None, task: str | None, timestamps: bool) -> list[int]:
         """The tokens from <|startoftranscript|> to the text."""
         ids = [self.start]

@@ -25,7 +25,7 @@ class Searches:
     def __init__(self, whisper, waveforms, timestamps, monkeypatch):
         self.model, grammar = whisper.model, whisper.grammar
         language = ("hi", "transcribe") if grammar.multilingual else (None, None)
-        self.prefix = grammar.prefix(*language, timestamps)
+        self.prefix, self.opening = grammar.prefix(*language, timestamps), frozenset(range(50))
         features = LogMel(whisper.feature_extractor)(waveforms)
         with torch.no_grad():
             self.encoded = encoder_states(self.model.get_encoder(), features)
@@ -44,7 +44,7 @@ class Searches:
         """What is found with drafts, or without."""
         self.shapes.clear()
         given = (self.model, self.encoded, self.prefix, self.rules, most)
-        return greedy_search(*given) if texts is None else drafted_search(*given, texts)
+        return greedy_search(*given) if texts is None else drafted_search(*given, texts, self.opening)
 
     def words(self, found):
         """The tokens of each row that a draft can have: not the end, and no timestamps where the rules place them."""
@@ -108,7 +108,7 @@ def test_right_drafts_save_steps_and_wrong_ones_are_given_up(searches, monkeypat
 
 
 def row(draft, *tokens, place=0):
-    return Row(list(draft), TIME, list(tokens), [], place)
+    return Row(list(draft), TIME, frozenset(range(20)), list(tokens), [], place)
 
 
 def test_a_closed_segment_is_followed_by_its_timestamp_and_the_draft():
@@ -119,12 +119,41 @@ def test_a_closed_segment_is_followed_by_its_timestamp_and_the_draft():
     assert row([1, 2, 3], 1, 2, place=2).proposed(4) == [3]
 
 
-def test_what_is_taken_and_where_the_draft_goes_on():
+def test_what_is_taken():
     spoken = row([1, 2, 3, 4, 5, 6])
     assert spoken.take([1, 2, 3], [1, 2, 9, 8], [0.1, 0.2, 0.3, 0.4]) == 3  # 9 in place of 3; 8 followed the 3
-    assert spoken.tokens == [1, 2, 9] and spoken.logprobs == [0.1, 0.2, 0.3] and spoken.place == 2
-    assert spoken.take([3, 4], [4, 7, 7], [0, 0, 0]) == 1 and spoken.place == 4  # found again behind the 3
-    assert spoken.take([5, 6], [5, 6, 7], [0, 0, 0]) == 3 and spoken.place == 6  # all right, and one more
+    assert spoken.tokens == [1, 2, 9] and spoken.logprobs == [0.1, 0.2, 0.3]
+    assert spoken.take([4, 5], [4, 5, 6], [0, 0, 0]) == 3  # all right, and one more
+    assert spoken.tokens == [1, 2, 9, 4, 5, 6] and spoken.place == 6
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ([1, 2], 2),
+        ([1, 4], 4),  # words were left out
+        ([1, 9], 2),  # another word in place of 2
+        ([1, 9, 31], 2),  # of two tokens, as 20 and above begin none
+        ([1, 30, 2], 2),  # a comma
+        ([1, 9, 2, 3], 3),  # a word that the draft lacks
+        ([1, 9, 8, 2], 2),
+        ([1, 9, 8, 7], 2),  # unlike the draft: it waits
+        ([1, 9, 8, 7, 6], 6),
+        ([1, 2, 3, 4, 5, 6, 7], 6),
+        ([1, 2, 3, 4, 5, 5], 5),
+    ],
+)
+def test_where_the_draft_goes_on(said, place):
+    spoken = row([1, 2, 3, 4, 5, 6])
+    for token in said:
+        spoken.take([], [token], [0.0])
+    assert spoken.place == place
+
+
+def test_words_of_several_tokens_are_passed_over_whole():
+    spoken = row([1, 2, 30, 31, 3], place=1)
+    spoken.take([], [9], [0.0])
+    assert spoken.place == 4
 
 
 def test_a_search_with_the_texts_of_the_data(taught, utterances):
@@ -143,7 +172,7 @@ def test_a_search_with_the_texts_of_the_data(taught, utterances):
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "distil_whisper.decoding.drafted_search", lambda *args: asked.append(args[-1]) or drafted_search(*args)
+        "distil_whisper.decoding.drafted_search", lambda *args: asked.append(args[-2]) or drafted_search(*args)
     )
     data = write_audio_dataset(tmp_path / "speech", utterances)
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--decode_token_ids", False, "--draft_from_text"]
