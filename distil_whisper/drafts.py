@@ -4,7 +4,9 @@ Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the transcrip
 model: what is found is what greedy search finds, whatever the draft says.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from transformers import WhisperForConditionalGeneration
@@ -36,18 +38,18 @@ class Row:
         closed = len(self.tokens) > 1 and self.tokens[-1] >= self.begin > self.tokens[-2]
         return [*self.tokens[-1:] * closed, *self.draft[self.place : self.place + count]][:count]
 
-    def take(self, proposed: list[int], said: list[int], logprobs: list[float]) -> int:
+    def take(self, proposed: list[int], said: list[tuple[int, float]]) -> int:
         """Take what was said behind the proposed tokens as far as they were right, and what was said then.
 
-        Returns how many tokens that is.
+        said: tokens and their log-probabilities, one more than proposed. Returns how many were taken.
         """
-        wrong = (place for place, (ours, theirs) in enumerate(zip(proposed, said, strict=False)) if ours != theirs)
-        count = next(wrong, len(proposed)) + 1
-        self.tokens += said[:count]
-        self.logprobs += logprobs[:count]
-        for token in said[:count]:
+        wrong = (place for place, token in enumerate(proposed) if token != said[place][0])
+        taken = said[: next(wrong, len(proposed)) + 1]
+        for token, logprob in taken:
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
             self._follow(token)
-        return count
+        return len(taken)
 
     def _follow(self, token: int) -> None:
         """Go on in the draft behind the nearest token that is the one said; if there is none, behind the word that was
@@ -55,11 +57,10 @@ class Row:
         nearby = range(max(self.place - NEARBY, 0), min(self.place + NEARBY, len(self.draft)))
         same = [place for place in nearby if self.draft[place] == token]
         if same:
-            self.place = min(same, key=lambda place: abs(place - self.place)) + 1
+            self.place, self.lost = min(same, key=lambda place: abs(place - self.place)) + 1, False
         elif token in self.opening and not self.lost:
             words = (place for place in range(self.place + 1, len(self.draft)) if self.draft[place] in self.opening)
-            self.place = next(words, len(self.draft))
-        self.lost = not same
+            self.place, self.lost = next(words, len(self.draft)), True
 
 
 @torch.no_grad()
@@ -74,10 +75,10 @@ def drafted_search(
 ) -> Found:
     """`greedy_search` with a draft of the words of each row, which may be empty. opening: tokens that begin a word."""
 
-    def chosen(hidden: torch.Tensor, said: Said, first: bool = False) -> tuple[list, list]:
-        """What is said behind each token [batch, length], and its log-probability."""
-        found = rules.choose(model.proj_out(hidden).float().flatten(0, 1), said, first)
-        return tuple(values.view(hidden.shape[:2]).tolist() for values in found)
+    def chosen(hidden: torch.Tensor, said: Said, first: bool = False) -> Iterator[tuple[int, float]]:
+        """What is said behind each token [tokens, width], and its log-probability."""
+        found = rules.choose(model.proj_out(hidden).float(), said, first)
+        return zip(*(values.tolist() for values in found), strict=True)
 
     device, width = encoded.device, AT_ONCE
     decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most + width)
@@ -85,12 +86,12 @@ def drafted_search(
     first_logits = model.proj_out(hidden[:, 0]).float()
     rows = [Row(draft, rules.begin, opening) for draft in drafts]
     inside, proposed = rows, [[] for _ in rows]  # inside: those that the caches are of
-    said = chosen(hidden[:, -1:], rules.nothing_said(len(rows)), first=True)
+    said = chosen(hidden[:, -1], rules.nothing_said(len(rows)), first=True)
     steps = found = 0
     while True:
-        for row, ours, theirs, logprobs in zip(inside, proposed, *said, strict=True):
+        for row, ours in zip(inside, proposed, strict=True):
             if not row.ended:
-                steps, found = steps + 1, found + row.take(ours, theirs, logprobs)
+                steps, found = steps + 1, found + row.take(ours, list(islice(said, 1 + len(ours))))
                 row.ended = row.tokens[-1] == rules.end or len(row.tokens) == most
         left = [place for place, row in enumerate(inside) if not row.ended]
         if not left:
@@ -101,12 +102,21 @@ def drafted_search(
         if steps > TRIAL * len(rows) and found < WORTH * steps:
             width = 0
         proposed = [[] if row.ended else row.proposed(min(width, most - len(row.tokens) - 1)) for row in inside]
-        length = 1 + max(map(len, proposed))
-        inputs = [[row.tokens[-1], *ours] for row, ours in zip(inside, proposed, strict=True)]
-        inputs = torch.tensor([row + [rules.end] * (length - len(row)) for row in inputs], device=device)
-        behind = torch.tensor([len(row.tokens) for row in inside], device=device)
-        places = len(prefix) - 1 + behind[:, None] + torch.arange(length, device=device)
-        said = chosen(decode(inputs, places), _said(inside, rules.begin, device).along(inputs[:, 1:]))
+        inputs, places, read = _inputs(inside, proposed, rules.end, device)
+        hidden = decode(inputs, places + len(prefix))[read]
+        said = chosen(hidden, _said(inside, rules.begin, device).along(inputs[:, 1:]).of(read.flatten()))
+
+
+def _inputs(rows: list[Row], proposed: list[list[int]], filler: int, device) -> tuple[torch.Tensor, ...]:
+    """The last token of each row and what is proposed behind it, their places behind the prefix, and which of them
+    count: [batch, length] each."""
+    inputs = [[row.tokens[-1], *ours] for row, ours in zip(rows, proposed, strict=True)]
+    length = max(map(len, inputs))
+    count = torch.tensor([0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)])
+    last = torch.tensor([len(row.tokens) - 1 for row in rows])
+    inputs = torch.tensor([given + [filler] * (length - len(given)) for given in inputs])
+    along = torch.arange(length)
+    return inputs.to(device), (last[:, None] + along).to(device), (along < count[:, None]).to(device)
 
 
 def _said(rows: list[Row], begin: int, device) -> Said:

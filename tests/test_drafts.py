@@ -121,9 +121,10 @@ def test_a_closed_segment_is_followed_by_its_timestamp_and_the_draft():
 
 def test_what_is_taken():
     spoken = row([1, 2, 3, 4, 5, 6])
-    assert spoken.take([1, 2, 3], [1, 2, 9, 8], [0.1, 0.2, 0.3, 0.4]) == 3  # 9 in place of 3; 8 followed the 3
+    said = [(1, 0.1), (2, 0.2), (9, 0.3), (8, 0.4)]
+    assert spoken.take([1, 2, 3], said) == 3  # 9 in place of 3; 8 followed the 3
     assert spoken.tokens == [1, 2, 9] and spoken.logprobs == [0.1, 0.2, 0.3]
-    assert spoken.take([4, 5], [4, 5, 6], [0, 0, 0]) == 3  # all right, and one more
+    assert spoken.take([4, 5], [(4, 0), (5, 0), (6, 0)]) == 3  # all right, and one more
     assert spoken.tokens == [1, 2, 9, 4, 5, 6] and spoken.place == 6
 
 
@@ -146,13 +147,13 @@ def test_what_is_taken():
 def test_where_the_draft_goes_on(said, place):
     spoken = row([1, 2, 3, 4, 5, 6])
     for token in said:
-        spoken.take([], [token], [0.0])
+        spoken.take([], [(token, 0.0)])
     assert spoken.place == place
 
 
 def test_words_of_several_tokens_are_passed_over_whole():
     spoken = row([1, 2, 30, 31, 3], place=1)
-    spoken.take([], [9], [0.0])
+    spoken.take([], [(9, 0.0)])
     assert spoken.place == 4
 
 
