@@ -1,5 +1,5 @@
 """Attention in bfloat16 on a CPU: torch's fused kernel reaches half of the rate of plain matrix products there, and a
-quarter for one query (without AMX; benchmarks/labelling.py measures the whole)."""
+quarter for one query (seen on an AMD EPYC; benchmarks/labelling.py measures the whole)."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -9,13 +9,14 @@ from transformers.masking_utils import sdpa_mask
 
 BY_PRODUCTS = "matrix_products"  # its name in transformers
 AT_ONCE = 250  # queries: their scores then stay in a core's cache
-AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel is fast but for one query
+BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it no product of bfloat16 is fast
+AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be, but for one query
 
 
 def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
     """What queries find [batch, heads, length, width] in values, whose keys they multiply; queries come scaled."""
-    bfloat16_on_cpu = queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    if mask is not None or causal or not bfloat16_on_cpu or (AMX and queries.shape[2] > 1):
+    products = BFLOAT16 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16
+    if mask is not None or causal or not products or (AMX and queries.shape[2] > 1):
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
     keys = keys.mT
     return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(AT_ONCE, 2)], 2)

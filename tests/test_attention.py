@@ -27,6 +27,7 @@ def fused(monkeypatch):
         return scaled_dot_product_attention(queries, *others, **options)
 
     monkeypatch.setattr(SDPA, kernel)
+    monkeypatch.setattr(attention, "BFLOAT16", True)
     monkeypatch.setattr(attention, "AMX", False)
     return seen
 
@@ -43,7 +44,7 @@ def test_products_find_what_the_fused_kernel_finds(fused, queries):
 
 
 def test_when_the_fused_kernel_is_used(fused, monkeypatch):
-    """For float32, masks and the order of tokens; with AMX also for several queries."""
+    """For float32, masks and the order of tokens; with AMX also for several queries; always on other CPUs."""
     queries, keys, values = heads(5, 5)
     attend(*(states.float() for states in heads(5, 5)))
     attend(queries, keys, values, causal=True)
@@ -54,6 +55,9 @@ def test_when_the_fused_kernel_is_used(fused, monkeypatch):
     assert len(fused) == 4
     attend(queries[:, :, :1], keys, values)
     assert len(fused) == 4
+    monkeypatch.setattr(attention, "BFLOAT16", False)
+    attend(queries[:, :, :1], keys, values)
+    assert len(fused) == 5
 
 
 @pytest.fixture(scope="module")
