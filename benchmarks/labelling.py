@@ -41,7 +41,8 @@ from talker import LEVELS, noise, save_talker, transcript
 
 OTHERS = ("engine_graphs",) if torch.cuda.is_available() else ("engine_bfloat16", "engine_bfloat16_drafts")
 VARIANTS = ("reference", "engine", "engine_drafts", *OTHERS, "ctranslate2")
-CLIPS = ("reference_clips", "engine_packed")
+PACKED = ("engine_packed",) if torch.cuda.is_available() else ("engine_packed", "engine_packed_bfloat16")
+CLIPS = ("reference_clips", *PACKED)
 TOLD = ("en", "transcribe")
 
 
@@ -59,7 +60,7 @@ def windows(args, whisper: LoadedWhisper) -> tuple[list[WindowAudio], list[str |
         audio = [noise(number, size, draw) for number in parts]
         texts = [transcript(number, args.label_tokens, draw) for number in parts]
     utterances = [Utterance(str(n), "recording", {}, samples, TOLD) for n, samples in enumerate(audio)]
-    if args.variant == "engine_packed":
+    if args.variant in PACKED:
         packed = list(pack(utterances, size))
         return packed, [None] * len(packed)
     return [single(utterance) for utterance in utterances], texts
@@ -190,7 +191,7 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "speedup_is_of": best,
         "speedups": {name: speedup(name) for name in VARIANTS[1:]},
         "token_agreements": {name: agreement(name) for name in VARIANTS[1:]},
-        "speedup_packed": speedup("engine_packed", "reference_clips"),
+        "speedups_packed": {name: speedup(name, "reference_clips") for name in PACKED},
         "wer": {name: wer(name) for name in runs},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
@@ -207,7 +208,8 @@ def show(result: dict) -> None:
         print(f"{name:24}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
     for name, speedup in result["speedups"].items():
         print(f"{name}: {speedup:.2f} times as fast, {result['token_agreements'][name]:.4f} of the tokens equal")
-    print(f"engine, clips packed: {result['speedup_packed']:.2f} times as fast as a window for each clip")
+    for name, speedup in result["speedups_packed"].items():
+        print(f"{name}: {speedup:.2f} times as fast as a window for each clip")
 
 
 def main(argv: list[str] | None = None) -> None:
