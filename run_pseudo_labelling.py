@@ -177,6 +177,8 @@ def check_search(args: Arguments) -> None:
             raise UserError(f"--{name} is for greedy search with --backend torch; leave it out")
     if args.cuda_graphs and args.draft_from_text:
         raise UserError("--cuda_graphs and --draft_from_text exclude each other; give one of them")
+    if args.draft_from_text and args.task == "translate":
+        raise UserError("--draft_from_text is for --task transcribe: a transcript is no draft of a translation")
 
 
 def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:

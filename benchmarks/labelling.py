@@ -28,7 +28,7 @@ from measuring import Clock, in_turn, machine, make_parser, this_device, write_j
 from distil_whisper.audio import decode
 from distil_whisper.ctranslate2_backend import CTranslate2Decoder
 from distil_whisper.decoding import Decoder
-from distil_whisper.labelling import decode_windows
+from distil_whisper.labelling import decode_windows, expected_lengths
 from distil_whisper.meters import peak_memory
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper, load_whisper
@@ -100,8 +100,7 @@ class Engine:
 
     def __call__(self, windows: Sequence[WindowAudio], texts: Sequence[str | None]) -> list[list[int]]:
         """The tokens of each window."""
-        lengths = [len(window.samples) for window in windows]
-        drafts = texts if self.drafts else None
+        drafts, lengths = texts if self.drafts else None, expected_lengths(windows, texts)
         found = decode_windows(self.decoder, windows, lengths, self.whisper.window, self.batch_size, drafts)
         return [self.whisper.grammar.spoken(result.ids) for result in found]
 

@@ -1,5 +1,8 @@
 """Attention in bfloat16 on a CPU: torch's fused kernel reaches half of the rate of plain matrix products there, and a
-quarter for one query (seen on an AMD EPYC; benchmarks/labelling.py measures the whole)."""
+quarter for one query (seen on an AMD EPYC; benchmarks/labelling.py measures the whole).
+
+Products round the scores to bfloat16, as transformers' "eager" attention does; the fused kernel keeps them in float32.
+"""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,10 +17,15 @@ AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused ke
 
 
 def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
-    """What queries find [batch, heads, length, width] in values, whose keys they multiply; queries come scaled."""
+    """What queries find [batch, heads, length, width] in values, whose keys they multiply; queries come scaled.
+
+    mask: which keys each query may see (True), for the few tokens of a step of the decoder.
+    """
     products = BFLOAT16 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    if mask is not None or causal or not products or (AMX and queries.shape[2] > 1):
+    if causal or not products or (AMX and queries.shape[2] > 1 and mask is None):
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
+    if mask is not None:  # of a few tokens: what a row finds is the same with it and without
+        return torch.softmax((queries @ keys.mT).masked_fill(~mask, -torch.inf), -1) @ values
     keys = keys.mT
     return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(AT_ONCE, 2)], 2)
 

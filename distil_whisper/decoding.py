@@ -82,20 +82,19 @@ class Decoder:
         features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
         encoded = encoder_states(self.model.get_encoder(), features)
         if self.num_beams == 1:
-            return self._greedy(encoded, prefix, texts and [self._draft(text or "", language) for text in texts])
+            drafts = [self._draft(text, language) if text else [] for text in texts or ()]
+            return self._greedy(encoded, prefix, drafts)
         return self._beams(encoded, prefix, language, task)
 
-    def _greedy(
-        self, encoded: torch.Tensor, prefix: list[int], drafts: list[list[int]] | None = None
-    ) -> list[Decoded]:
+    def _greedy(self, encoded: torch.Tensor, prefix: list[int], drafts: list[list[int]]) -> list[Decoded]:
         grammar, config = self.grammar, self.model.generation_config
         vocabulary = self.model.config.vocab_size
         rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
         most = min(self.max_label_length, grammar.max_positions - len(prefix))
-        if drafts is None:
-            found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
-        else:
+        if any(drafts):
             found = drafted_search(self.model, encoded, prefix, rules, most, drafts, grammar.opening)
+        else:
+            found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
 
     def _draft(self, text: str, language: str | None) -> list[int]:

@@ -1,7 +1,8 @@
 """Greedy search with a draft: the decoder reads some tokens of it at a time, and keeps those that it says itself.
 
 Speculative decoding (Leviathan et al., arXiv 2211.17192) in which the transcript of the data stands in for a small
-model: what is found is what greedy search finds, whatever the draft says.
+model: what is found is what greedy search finds, whatever the draft says. (In half precision two tokens that are about
+equally likely may change places, as with another batch size.)
 """
 
 from collections.abc import Iterator
@@ -102,21 +103,21 @@ def drafted_search(
         if steps > TRIAL * len(rows) and found < WORTH * steps:
             width = 0
         proposed = [[] if row.ended else row.proposed(min(width, most - len(row.tokens) - 1)) for row in inside]
-        inputs, places, read = _inputs(inside, proposed, rules.end, device)
-        hidden = decode(inputs, places + len(prefix))[read]
-        said = chosen(hidden, _said(inside, rules.begin, device).along(inputs[:, 1:]).of(read.flatten()))
+        inputs, places, count = _inputs(inside, proposed, rules.end, device)
+        hidden = decode(inputs, places + len(prefix)).flatten(0, 1)[count]
+        said = chosen(hidden, _said(inside, rules.begin, device).along(inputs[:, 1:]).of(count))
 
 
 def _inputs(rows: list[Row], proposed: list[list[int]], filler: int, device) -> tuple[torch.Tensor, ...]:
-    """The last token of each row and what is proposed behind it, their places behind the prefix, and which of them
-    count: [batch, length] each."""
+    """The last token of each row and what is proposed behind it, their places behind the prefix, [batch, length] each,
+    and which of them count [tokens]: those of rows that have not ended, without the fillers."""
     inputs = [[row.tokens[-1], *ours] for row, ours in zip(rows, proposed, strict=True)]
     length = max(map(len, inputs))
-    count = torch.tensor([0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)])
-    last = torch.tensor([len(row.tokens) - 1 for row in rows])
+    lengths = [0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)]
+    counting = [number * length + place for number, given in enumerate(lengths) for place in range(given)]
+    places = torch.tensor([[len(row.tokens) - 1] for row in rows]) + torch.arange(length)
     inputs = torch.tensor([given + [filler] * (length - len(given)) for given in inputs])
-    along = torch.arange(length)
-    return inputs.to(device), (last[:, None] + along).to(device), (along < count[:, None]).to(device)
+    return inputs.to(device), places.to(device), torch.tensor(counting, device=device)
 
 
 def _said(rows: list[Row], begin: int, device) -> Said:

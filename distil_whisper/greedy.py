@@ -220,7 +220,7 @@ def _heads(states: torch.Tensor, attention) -> torch.Tensor:
 
 
 def _attended(attention, states: torch.Tensor, keys, values, causal: bool = False, mask=None) -> torch.Tensor:
-    """What an attention layer adds. Only the first call, which has no past, has several tokens (causal)."""
+    """What an attention layer adds. causal: for the first call, which has several tokens and no past."""
     queries = _heads(attention.q_proj(states) * attention.scaling, attention)
     found = attend(queries, keys, values, mask, causal)
     return attention.out_proj(found.transpose(1, 2).flatten(2))

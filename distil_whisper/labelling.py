@@ -82,10 +82,18 @@ class Tally:
         return {"rows": self.rows, "seconds": self.seconds, "previous": self.previous}
 
 
+def expected_lengths(windows: Sequence[WindowAudio], texts: Sequence[str | None]) -> list[float]:
+    """What the lengths of labels go with: those of the transcripts, where there is none as much as its audio lets
+    expect, at the rate of the others."""
+    known = [(len(text), len(window.samples)) for text, window in zip(texts, windows, strict=True) if text]
+    rate = sum(length for length, _ in known) / sum(samples for _, samples in known) if known else 1
+    return [len(text or "") or rate * len(window.samples) for text, window in zip(texts, windows, strict=True)]
+
+
 def decode_windows(
     decoder: Decoder,
     windows: Sequence[WindowAudio],
-    lengths: Sequence[int],
+    lengths: Sequence[float],
     size: Window,
     batch_size: int,
     texts: Sequence[str | None] | None = None,
@@ -99,7 +107,7 @@ def decode_windows(
     for told, places in groupby(order, key=lambda place: windows[place].told):
         for batch in batched(places, batch_size):
             waveforms = stack([windows[place].samples for place in batch], size)
-            drafts = {} if texts is None or told[1] == "translate" else {"texts": [texts[place] for place in batch]}
+            drafts = {} if texts is None else {"texts": [texts[place] for place in batch]}
             results.update(zip(batch, decoder(waveforms, *told, **drafts), strict=True))
     return [results[place] for place in range(len(windows))]
 
@@ -145,12 +153,16 @@ class UnitLabeller:
             yield rows
 
     def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
-        """What the teacher says of each window; the length of a label goes with that of its transcript, else of its
-        audio."""
-        texts = [self._joined_text(window) for window in run]
-        lengths = [len(window.samples) for window in run] if None in texts else [len(text) for text in texts]
+        """What the teacher says of each window."""
+        texts = [self._spoken_text(window) for window in run]
         drafts = texts if self.settings.draft_from_text else None
+        lengths = expected_lengths(run, texts)
         return decode_windows(self.decoder, run, lengths, self.whisper.window, self.settings.batch_size, drafts)
+
+    def _spoken_text(self, window: WindowAudio) -> str | None:
+        """The transcript of what is to be written of a window, if there is one."""
+        known = window.told[1] != "translate" and all(isinstance(text, str) for text in self._texts(window))
+        return self._joined_text(window) if known else None
 
     def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
         """The windows that a unit's rows make."""

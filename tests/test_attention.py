@@ -2,19 +2,19 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from distil_whisper import attention
+from distil_whisper import attention, greedy
 from distil_whisper.attention import BY_PRODUCTS, attend
 from distil_whisper.models import load_whisper
 
 SDPA = "distil_whisper.attention.scaled_dot_product_attention"
 
 
-def heads(queries=600, keys=700, dtype=torch.bfloat16):
-    """Queries, keys and values of 2 windows and 3 heads; the queries are scaled."""
+def heads(queries=600, keys=700, dtype=torch.bfloat16, loud=0.25):
+    """Queries, keys and values of 2 windows and 3 heads; loud is how they are scaled."""
     draw = torch.Generator().manual_seed(0)
     sizes = (queries, keys, keys)
     some, others, values = (torch.randn(2, 3, size, 16, generator=draw).to(dtype) for size in sizes)
-    return some * 0.25, others, values
+    return some * loud, others, values
 
 
 @pytest.fixture
@@ -33,31 +33,36 @@ def fused(monkeypatch):
 
 
 @pytest.mark.parametrize("queries", [1, 250, 600])
-def test_products_find_what_the_fused_kernel_finds(fused, queries):
-    """As near to float32 as the fused kernel is, and in as many parts as the queries need."""
-    given = heads(queries)
+@pytest.mark.parametrize(("loud", "bound"), [(0.25, 0.005), (1.5, 0.02)])
+def test_products_find_what_the_formula_finds(fused, queries, loud, bound):
+    """In as many parts as the queries need; scores of up to 4, and of up to 25, which bfloat16 rounds to 0.06."""
+    given = heads(queries, loud=loud)
     exact = scaled_dot_product_attention(*(states.float() for states in given), scale=1.0)
-    found, kernel = attend(*given), scaled_dot_product_attention(*given, scale=1.0)
+    found = attend(*given)
     assert not fused and found.dtype == torch.bfloat16
-    error, of_kernel = ((states.float() - exact).norm() / exact.norm() for states in (found, kernel))
-    assert error < max(2 * of_kernel, 0.01)
+    assert (found - exact).norm() / exact.norm() < bound
+    seen = torch.rand(2, 1, queries, 700, generator=torch.Generator().manual_seed(1)) < 0.5
+    seen[..., 0] = True
+    exact = scaled_dot_product_attention(*(states.float() for states in given), seen, scale=1.0)
+    found = attend(*given, mask=seen)
+    assert not fused and (found - exact).norm() / exact.norm() < bound
 
 
 def test_when_the_fused_kernel_is_used(fused, monkeypatch):
-    """For float32, masks and the order of tokens; with AMX also for several queries; always on other CPUs."""
+    """For float32 and the order of tokens; with AMX also for several queries; always on other CPUs."""
     queries, keys, values = heads(5, 5)
     attend(*(states.float() for states in heads(5, 5)))
     attend(queries, keys, values, causal=True)
-    attend(queries, keys, values, mask=torch.ones(5, 5, dtype=torch.bool).tril())
-    assert len(fused) == 3
+    assert len(fused) == 2
     monkeypatch.setattr(attention, "AMX", True)
     attend(queries, keys, values)
-    assert len(fused) == 4
+    assert len(fused) == 3
     attend(queries[:, :, :1], keys, values)
-    assert len(fused) == 4
+    attend(queries, keys, values, mask=torch.ones(5, 5, dtype=torch.bool).tril())
+    assert len(fused) == 3
     monkeypatch.setattr(attention, "BFLOAT16", False)
     attend(queries[:, :, :1], keys, values)
-    assert len(fused) == 5
+    assert len(fused) == 4
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +80,16 @@ def test_what_a_model_is_loaded_with(pair, toy_teacher):
     assert exact.config._attn_implementation == "sdpa"
 
 
+@pytest.fixture
+def products(fused, monkeypatch):
+    """How often attention went by products."""
+    found = []
+    monkeypatch.setattr(attention, "attend", lambda *given: found.append(given[0].shape[2]) or attend(*given))
+    return found
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-def test_a_model_says_the_same_with_products(pair, fused, gradients):
+def test_a_model_says_the_same_with_products(pair, products, gradients):
     """The encoder, a decoder whose tokens may not look ahead, and padding that nobody may look at."""
     draw = torch.Generator().manual_seed(1)
     config = pair[0].config
@@ -92,15 +105,30 @@ def test_a_model_says_the_same_with_products(pair, fused, gradients):
         assert (ours - theirs)[1].norm() / theirs[1].norm() < 0.02
         assert (ours - theirs)[0, 4:].norm() / theirs[0, 4:].norm() < 0.02
         assert ours.requires_grad == gradients
+    # the encoder's layers and those that hear, twice each
+    layers = [config.max_source_positions] * config.encoder_layers + [9] * config.decoder_layers
+    assert products == ([] if gradients else 2 * layers)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_generate_works_with_products(pair, num_beams):
+def test_generate_works_with_products(pair, products, num_beams):
     config = pair[0].config
     features = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, dtype=torch.bfloat16)
     for model in pair:
         told = {"language": "hi", "task": "transcribe", "num_beams": num_beams, "max_new_tokens": 5}
         assert model.generate(features, **told).shape[1] <= 5
+    assert products.count(1) >= 2 * config.decoder_layers  # both attentions of each step
+
+
+def test_our_search_attends_by_products(pair, monkeypatch):
+    model, seen = pair[0], []
+    monkeypatch.setattr(greedy, "attend", lambda *given: seen.append(given[0].shape[2]) or attend(*given))
+    encoded = torch.zeros(2, model.config.max_source_positions, model.config.d_model, dtype=torch.bfloat16)
+    with torch.no_grad():
+        decode = greedy.DecoderSteps(model.model.decoder, encoded, 5)
+        decode(torch.tensor([[1, 2, 3]] * 2))
+        decode(torch.tensor([[4]] * 2))
+    assert seen == [3] * 2 * model.config.decoder_layers + [1] * 2 * model.config.decoder_layers
 
 
 def test_a_checkpoint_does_not_name_products(pair, tmp_path):

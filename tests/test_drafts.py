@@ -8,7 +8,7 @@ from conftest import write_audio_dataset
 from stages import ENGLISH, SPEAKERS, label, rows_of
 from test_decoding import LIMIT, enliven
 
-from distil_whisper import drafts, greedy
+from distil_whisper import attention, drafts, greedy
 from distil_whisper.audio import LogMel, stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.drafts import Row, drafted_search
@@ -23,10 +23,11 @@ class Searches:
     """Both searches of the same audio, with what the decoder was given at each step."""
 
     def __init__(self, whisper, waveforms, timestamps, monkeypatch):
-        self.model, grammar = whisper.model, whisper.grammar
+        self.model, self.grammar = whisper.model, whisper.grammar
+        grammar = self.grammar
         language = ("hi", "transcribe") if grammar.multilingual else (None, None)
         self.prefix, self.opening = grammar.prefix(*language, timestamps), frozenset(range(50))
-        features = LogMel(whisper.feature_extractor)(waveforms)
+        features = LogMel(whisper.feature_extractor)(waveforms).to(self.model.dtype)
         with torch.no_grad():
             self.encoded = encoder_states(self.model.get_encoder(), features)
         config = self.model.generation_config
@@ -86,6 +87,30 @@ def test_what_is_found_is_what_greedy_search_finds(searches, how):
         assert torch.equal(found.first_logits, expected.first_logits)
         for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+def test_the_positions_of_the_decoder_are_the_last_limit(searches):
+    """Drafts that are longer than they are, of rows that come to no end."""
+    searches.rules.always = torch.cat([searches.rules.always, torch.tensor([searches.rules.end])])
+    most = searches.grammar.max_positions - len(searches.prefix)
+    expected = searches(most=most)
+    if not searches.rules.timestamps:  # whose rules let nothing but the end follow the last timestamp
+        assert {len(row) for row in expected.tokens} == {most}
+    found = searches([words * 3 for words in searches.words(expected)], most)
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("how", ["right", "replaced", "none"])
+def test_bfloat16_finds_the_same_but_for_ties(toy_teacher, utterances, monkeypatch, how):
+    """Also where attention goes by products: whether there is a mask or not makes no difference."""
+    monkeypatch.setattr(attention, "BFLOAT16", True)
+    whisper = enliven(load_whisper(str(toy_teacher), dtype="bfloat16", device="cpu"), 5)
+    waveforms, draw = stack([utterance.samples for utterance in utterances], whisper.window), random.Random(1)
+    searches = Searches(whisper, waveforms, True, monkeypatch)
+    expected = searches()
+    found = searches([spoilt(words, how, draw) for words in searches.words(expected)])
+    same = sum(ours == theirs for ours, theirs in zip(found.tokens, expected.tokens, strict=True))
+    assert same >= len(utterances) - 1
 
 
 def test_drafts_may_be_of_some_rows_alone(searches):
@@ -157,7 +182,7 @@ def test_words_of_several_tokens_are_passed_over_whole():
     assert spoken.place == 4
 
 
-def test_a_search_with_the_texts_of_the_data(taught, utterances):
+def test_a_search_with_the_texts_of_the_data(taught, utterances, monkeypatch):
     """The decoder makes drafts of texts, in small letters where all are capitals, and of none where there is none."""
     whisper = load_whisper(str(taught), device="cpu")
     waveforms = stack([utterance.samples for utterance in utterances[:6]], whisper.window)
@@ -167,7 +192,11 @@ def test_a_search_with_the_texts_of_the_data(taught, utterances):
     expected = decoder(waveforms, "en", "transcribe")
     texts = [utterances[0].text.upper(), None, *(utterance.text for utterance in utterances[2:6])]
     assert [row.ids for row in decoder(waveforms, "en", "transcribe", texts)] == [row.ids for row in expected]
-    assert seen == [(text or "", "en") for text in [texts[0].lower(), *texts[1:]]]
+    assert seen == [(text, "en") for text in [texts[0].lower(), *texts[2:]]]
+    steps = []
+    monkeypatch.setattr("distil_whisper.decoding.drafted_search", lambda *given: steps.append(given))
+    assert [row.ids for row in decoder(waveforms, "en", "transcribe", [None] * 6)] == [row.ids for row in expected]
+    assert not steps  # nothing to read
 
 
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path, monkeypatch):
@@ -189,6 +218,7 @@ def test_labels_are_the_same(taught, labelled, utterances, tmp_path, monkeypatch
     [
         (["--generation_num_beams", 2], "--draft_from_text is for greedy search with --backend torch"),
         (["--backend", "ctranslate2"], "--draft_from_text is for greedy search with --backend torch"),
+        (["--task", "translate"], "--draft_from_text is for --task transcribe"),
         (["--cuda_graphs"], "--cuda_graphs and --draft_from_text exclude each other"),
     ],
 )

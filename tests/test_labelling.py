@@ -7,6 +7,7 @@ audio it is of; the last test has a real one.
 import io
 import json
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from datasets import Audio, Features, Value
 from distil_whisper.audio import decode, stack
 from distil_whisper.decoding import Decoded, Decoder
 from distil_whisper.handoff import WRITTEN, schema
-from distil_whisper.labelling import Columns, LabellingSettings, Tally, UnitLabeller
+from distil_whisper.labelling import Columns, LabellingSettings, Tally, UnitLabeller, expected_lengths
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.tokens import plain_text
@@ -409,12 +410,25 @@ def test_a_decoder_is_given_the_texts_of_its_windows_but_for_translations(whispe
     labelled, _ = label(*rows, columns=columns, ear=Reader(), draft_from_text=True, batch_size=3)
     assert words(labelled) == WORDS[1:6]
     assert given == [
-        ("transcribe", ["one", "three", None], ["one", "three", "four"]),
-        ("translate", None, ["two", "five"]),
+        ("transcribe", ["one", None, "three"], ["one", "four", "three"]),
+        ("translate", [None, None], ["two", "five"]),
     ]
     given.clear()
     label(*rows, columns=columns, ear=Reader(), batch_size=3)
     assert [texts for _, texts, _ in given] == [None, None]
+
+
+@pytest.mark.parametrize("text", [{"en": "one", "de": "eins"}, ["one"], 1])
+def test_a_translation_may_have_any_column_of_that_name(whisper, text):
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), Columns("audio", "text"), task="translate")
+    ((found,),) = labeller(Rows([{**row(1), "text": text}]), 0, Tally())
+    assert plain_text(found["whisper_transcript"]) == "one" and found["wer"] is None
+
+
+def test_lengths_that_are_not_known_are_expected_at_the_rate_of_the_others():
+    windows = [SimpleNamespace(samples=np.zeros(seconds * 10)) for seconds in (1, 2, 3, 4)]
+    assert expected_lengths(windows, ["aa", None, "aaaaaa", ""]) == [2, 4, 6, 8]
+    assert expected_lengths(windows, [None, "", None, None]) == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
