@@ -3,12 +3,13 @@
 python benchmarks/labelling.py --json labelling.json
 
 The reference takes windows as they come: `WhisperFeatureExtractor`, then `generate(return_timestamps=True)`. The
-engine decodes windows of like length together. Their sound is 6 to 30 s long, as that of utterances; the teacher is a
-Whisper of a real size, tiny on a CPU and large-v3 on a GPU, whose weights are made up: it writes --label_tokens tokens
-for a full window, and fewer for shorter sound. The second comparison is of clips of 6 s, which the engine packs. With
---model_name_or_path and --dataset_name the first one runs on a real model and real speech, with its WER.
-Every variant runs in processes of its own, in turn; ratios are medians of pairs. The figure called `speedup` is that
-in bfloat16 where bfloat16 leaves the words as they are (the WER, or all tokens where there is no transcript).
+engine decodes windows of like length together, and with "drafts" reads transcripts in which a tenth of the words are
+wrong. Sound is 6 to 30 s long, as that of utterances; the teacher is a Whisper of a real size, tiny on a CPU and
+large-v3 on a GPU, whose weights are made up: it writes --label_tokens tokens for a full window, and fewer for shorter
+sound. Its words hang on their places alone, so equal tokens prove little there: with --model_name_or_path and
+--dataset_name the comparison is of a real model on real speech. A second comparison is of clips of 6 s, which the
+engine packs. Every variant runs in processes of its own, in turn; ratios are medians of pairs. The figure called
+`speedup` is that in bfloat16 where the WER is not above the reference's, else that in --dtype.
 """
 
 import json
@@ -134,7 +135,7 @@ def run_variant(args) -> dict:
     seconds = clock.now() - began
     parts = {**clock.seconds, "decoder": seconds - sum(clock.seconds.values())}
     audio = sum(len(window.samples) for window in heard) / whisper.window.sampling_rate
-    wer = error_rate(texts, tokens, whisper) if args.dataset_name and args.variant not in CLIPS else None
+    wer = None if None in texts else error_rate(texts, tokens, whisper)
     return {"seconds": seconds, "audio": audio, "tokens": tokens, "peak": peak_memory(), "parts": parts, "wer": wer}
 
 
@@ -171,11 +172,8 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         """Its WER, where there are transcripts."""
         return runs[variant][0]["wer"]
 
-    best = "engine"
-    if "engine_bfloat16" in runs:
-        known = wer("reference") is not None
-        same = wer("engine_bfloat16") <= wer("reference") if known else agreement("engine_bfloat16") == 1
-        best = "engine_bfloat16" if same else best
+    moved = "engine_bfloat16" not in runs or wer("engine_bfloat16") > wer("reference")
+    best = "engine" if moved else "engine_bfloat16"
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,
