@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 BY_PRODUCTS = "matrix_products"  # its name in transformers
 AT_ONCE = 250  # queries: their scores then stay in a core's cache
 BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it no product of bfloat16 is fast
-AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be, but for one query
+AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be fast for many queries
 
 
 def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
@@ -22,7 +22,7 @@ def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool
     mask: which keys each query may see (True), for the few tokens of a step of the decoder.
     """
     products = BFLOAT16 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    if causal or not products or (AMX and queries.shape[2] > 1 and mask is None):
+    if causal or not products or (AMX and queries.shape[2] > AT_ONCE):
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
     if mask is not None:  # of a few tokens: what a row finds is the same with it and without
         return torch.softmax((queries @ keys.mT).masked_fill(~mask, -torch.inf), -1) @ values
