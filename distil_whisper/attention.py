@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 BY_PRODUCTS = "matrix_products"  # its name in transformers
-AT_ONCE = 250  # queries: their scores then stay in a core's cache
+QUERIES_AT_ONCE = 250  # their scores then stay in a core's cache
 BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it no product of bfloat16 is fast
 AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be fast for many queries
 
@@ -22,12 +22,12 @@ def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool
     mask: which keys each query may see (True), for the few tokens of a step of the decoder.
     """
     products = BFLOAT16 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16
-    if causal or not products or (AMX and queries.shape[2] > AT_ONCE):
+    if causal or not products or (AMX and queries.shape[2] > QUERIES_AT_ONCE):
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
     if mask is not None:  # of a few tokens: what a row finds is the same with it and without
         return torch.softmax((queries @ keys.mT).masked_fill(~mask, -torch.inf), -1) @ values
     keys = keys.mT
-    return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(AT_ONCE, 2)], 2)
+    return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(QUERIES_AT_ONCE, 2)], 2)
 
 
 def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, is_causal=None, **options):
