@@ -172,8 +172,8 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         """Its WER, where there are transcripts."""
         return runs[variant][0]["wer"]
 
-    moved = "engine_bfloat16" not in runs or wer("engine_bfloat16") > wer("reference")
-    best = "engine" if moved else "engine_bfloat16"
+    known = "engine_bfloat16" in runs and None not in (one := wer("reference"), other := wer("engine_bfloat16"))
+    best = "engine_bfloat16" if known and other <= one else "engine"
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,

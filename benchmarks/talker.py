@@ -46,9 +46,7 @@ def save_talker(folder: Path, size: str, label_tokens: int) -> None:
     with torch.no_grad():
         tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
         tokens[end] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
-        tokens[list({*words, begin, closing, end})] *= (
-            4  # likelier than all timestamps together, which the rules compare
-        )
+        tokens[list({*words, begin, closing, end})] *= 4  # likelier than all timestamps together
         listen(model, extractor, tokens[closing])
         said = places[PREFIX - 1 :]
         said[0] = SAYS * tokens[begin]
