@@ -22,7 +22,7 @@ from tqdm import tqdm
 from distil_whisper import hub
 from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse
 from distil_whisper.decoding import Decoder
-from distil_whisper.engine import make_accelerator
+from distil_whisper.engine import Turns, make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.handoff import (
     MEANINGS,
@@ -141,6 +141,7 @@ class Job:
     language: str | None
     task: str | None
     normalisers: Normalisers
+    turns: Turns
     trackers: Trackers | None = None
     repo: str | None = None
     uploads: BackgroundUploads | None = None
@@ -275,47 +276,87 @@ def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabel
     return UnitLabeller(job.whisper, job.decoder, columns, settings, job.normalisers, renamed), features
 
 
-def label_source(job: Job, source: Source, labeller: UnitLabeller, features: Features) -> None:
-    """Label this process's share of the units that are not finished."""
-    shards = shards_of(source)
-    missing = [shard for shard in shards if read_manifest(job.folder, shard) is None]
-    job.accelerator.print(f"{source.label}: {len(shards) - len(missing)} of {len(shards)} shards are finished")
+def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features]]) -> None:
+    """Label the units that are not finished, of whatever source, as this process comes to them."""
+    missing = []
+    for source, labeller, features in labellers:
+        shards = shards_of(source)
+        left = [shard for shard in shards if read_manifest(job.folder, shard) is None]
+        job.accelerator.print(f"{source.label}: {len(shards) - len(left)} of {len(shards)} shards are finished")
+        missing += [(source, labeller, features, shard) for shard in left]
     job.accelerator.wait_for_everyone()  # all count before one writes
-    mine = missing[job.accelerator.process_index :: job.accelerator.num_processes]
-    progress = bar(total=source.num_rows, desc=f"labelling {source.label}", unit="row")
-    with StopRequest() as stop:
-        for shard in mine:
-            with ShardInProgress(job.folder, shard, features) as rows:
-                label_shard(job, source, labeller, rows, progress, stop)
-    progress.close()
-    job.accelerator.wait_for_everyone()
+    rows = [source.units[shard.index].rows for source, _, _, shard in missing]
+    with StopRequest() as stop, Pace(job.turns, None if None in rows else sum(rows)) as pace:
+        while (number := job.turns.take()) < len(missing):
+            source, labeller, features, shard = missing[number]
+            pace.bar.set_description(f"shard {number + 1} of {len(missing)}")
+            with ShardInProgress(job.folder, shard, features) as in_progress:
+                label_shard(job, source, labeller, in_progress, pace, stop)
+
+
+class Pace:
+    """How far the processes of a run have come together, and how fast; total: the rows that there were to label,
+    None where only reading tells."""
+
+    def __init__(self, turns: Turns, total: int | None):
+        self.turns = turns
+        self.began = time.monotonic()
+        self.bar = bar(total=total, unit="row")
+        self.rows, self.seconds = 0, 0.0
+
+    def __enter__(self) -> "Pace":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Count rows that were read and seconds of audio that were labelled."""
+        self.rows = self.turns.count("rows", rows)
+        self.seconds = self.turns.count("milliseconds", round(1000 * seconds)) / 1000
+        self.bar.set_postfix_str(f"{self.speed:,.0f} s of audio a second", refresh=False)
+        self.bar.update(self.rows - self.bar.n)
+
+    @property
+    def speed(self) -> float:
+        """Seconds of audio a second."""
+        return self.seconds / (time.monotonic() - self.began)
+
+    def metrics(self) -> dict[str, float]:
+        """For the trackers."""
+        return {"rows": self.rows, "audio_hours": self.seconds / 3600, "audio_seconds_per_second": self.speed}
+
+    def __str__(self) -> str:
+        rows = f"{self.rows:,} rows" if self.bar.total is None else f"{self.rows:,} of {self.bar.total:,} rows"
+        return f"{rows}, {self.seconds / 3600:,.2f} hours of audio, {self.speed:,.0f} s of audio a second"
 
 
 def label_shard(
-    job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, progress, stop: StopRequest
+    job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, pace: Pace, stop: StopRequest
 ) -> None:
     """Label one unit, or what an earlier run left of it, into its file.
 
     Asked to stop (SIGTERM, SIGINT), it keeps the windows that are labelled and leaves.
     """
-    tally, steps = Tally(**shard.progress), job.args.logging_steps
+    tally, steps, read = Tally(**shard.progress), job.args.logging_steps, 0
     if tally.rows:
         tqdm.write(f"{shard.shard.name}: going on behind {tally.rows:,} windows")
     for rows in labeller(source, shard.shard.index, tally):
         for row in rows:
             shard.write(row)
-        progress.update(len(rows))
+        pace.add(tally.read - read, sum(row["duration"] for row in rows))
+        read = tally.read
         before, job.batches = job.batches, job.batches + -(-len(rows) // job.args.per_device_eval_batch_size)
         if job.batches // steps > before // steps:
             shard.keep(tally.progress())
             if not shown():  # where there is a bar, it says that
-                job.accelerator.print(f"{shard.shard.name}: {tally.rows:,} windows labelled")
-            hours = {"rows_of_shard": tally.rows, "audio_hours_of_shard": tally.seconds / 3600}
-            job.trackers.log(hours, job.batches)
+                job.accelerator.print(f"{shard.shard.name}: {tally.rows:,} windows labelled; in all {pace}")
+            job.trackers.log(pace.metrics(), job.batches)
         if stop.received is not None:
             shard.keep(tally.progress())
             tqdm.write(f"stopped behind {tally.rows:,} windows of {shard.shard.name}; the same command goes on")
             raise SystemExit(stop.exit_code)
+    pace.add(tally.read - read, 0.0)  # rows at the end that were skipped
     shard.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
     finish_shard(job.folder, shard.shard, facts)
@@ -409,9 +450,8 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None
     )
     language, task = language_and_task(args.language, args.task, whisper.grammar, whisper.model.generation_config)
     decoder = make_decoder(args, whisper, accelerator.device)
-    return Job(
-        args, accelerator, folder, whisper, decoder, language, task, Normalisers(args.normalizer, whisper.tokenizer)
-    )
+    normalisers = Normalisers(args.normalizer, whisper.tokenizer)
+    return Job(args, accelerator, folder, whisper, decoder, language, task, normalisers, Turns(accelerator))
 
 
 def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source], columns: list[Columns]) -> None:
@@ -437,7 +477,7 @@ def publish_to(args: Arguments, accelerator: Accelerator) -> str | None:
 def label(job: Job, sources: list[Source], columns: list[Columns]) -> None:
     """Label what is not finished, and push it while that goes on."""
     args = job.args
-    labellers = [make_labeller(job, source, roles) for source, roles in zip(sources, columns, strict=True)]
+    labellers = [(source, *make_labeller(job, source, roles)) for source, roles in zip(sources, columns, strict=True)]
     job.trackers = Trackers(job.accelerator, job.folder, args.wandb_project, args.wandb_name, public_arguments(args))
     job.accelerator.wait_for_everyone()
     job.folder.share()
@@ -446,15 +486,14 @@ def label(job: Job, sources: list[Source], columns: list[Columns]) -> None:
     if job.repo:
         job.uploads = BackgroundUploads(job.folder.path, job.repo, tqdm.write)
     try:
-        for source, (labeller, features) in zip(sources, labellers, strict=True):
-            label_source(job, source, labeller, features)
+        label_missing(job, labellers)
     except UserError:
         list_skipped(job, sources)
         raise
     finally:
         if job.uploads:
             job.uploads.finish()
-    job.accelerator.wait_for_everyone()
+    job.turns.wait_at("labelled")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -481,6 +520,7 @@ def main(argv: list[str] | None = None) -> None:
                 names = ["README.md", *(shard.name for shard in shards)]
                 url = hub.push_folder(folder.path, repo, names, repo_type="dataset", message="Pseudo-labels")
                 print(f"pushed to {url}")
+        job.turns.wait_at("reported")
         job.trackers.finish()
 
 

@@ -1,9 +1,11 @@
 """accelerate, as the stages configure it: what they compute with, wait for and report to."""
 
 import os
+import time
 import warnings
 from datetime import timedelta
 
+import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from distil_whisper.errors import UserError
@@ -28,6 +30,36 @@ def make_accelerator(args, *handlers, **options) -> Accelerator:
             "ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
+
+
+class Turns:
+    """Work of a run that its processes take in turn, as each comes to it, with nothing to wait for but the end.
+
+    That wait has no limit: the slowest process may need hours more than the first, and collectives give a run up
+    after --ddp_timeout. A process that dies takes the others with it, by its launcher.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.processes = accelerator.num_processes
+        store = torch.distributed.HashStore()
+        if self.processes > 1:
+            store = torch.distributed.group.WORLD.get_group_store()
+        self._store = torch.distributed.PrefixStore("turns", store)
+
+    def take(self) -> int:
+        """The next number, from 0 on: no other process gets it."""
+        return self._store.add("taken", 1) - 1
+
+    def count(self, name: str, number: int) -> int:
+        """Add to what all processes have counted under a name: their sum."""
+        return self._store.add(name, number)
+
+    def wait_at(self, place: str) -> None:
+        """Go on when all processes have come to this place, which each passes once."""
+        arrived = self.count(place, 1)
+        while arrived < self.processes:
+            time.sleep(0.2)
+            arrived = self.count(place, 0)
 
 
 def training_accelerator(args) -> Accelerator:

@@ -100,8 +100,11 @@ def test_a_manifest_of_local_files(taught, utterances, tmp_path):
 def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_path, capsys):
     flags = ["--logging_steps", 2, "--per_device_eval_batch_size", 3]
     folder = label(taught, speech_folder, tmp_path, *ENGLISH, *flags)
-    assert [line["rows_of_shard"] for line in metrics(folder, "rows_of_shard")] == [6, 12, 6, 12]
-    assert "default/train-00001-of-00002.parquet: 6 windows labelled" in capsys.readouterr().out  # no terminal, no bar
+    lines, (whole,) = metrics(folder, "rows"), metrics(folder, "default/train/hours")
+    assert [line["rows"] for line in lines] == [6, 12, 18, 24]
+    assert lines[-1]["audio_hours"] == pytest.approx(whole["default/train/hours"], abs=1e-3)
+    said = capsys.readouterr().out  # no terminal, no bar
+    assert "default/train-00001-of-00002.parquet: 6 windows labelled; in all 18 of 24 rows, " in said
 
 
 def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utterances, tmp_path):
