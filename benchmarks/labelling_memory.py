@@ -35,7 +35,7 @@ def write_shards(folder: Path, count: int, megabytes: int) -> None:
     noise = draw.standard_normal((int((WINDOW_S - 0.1) * RATE), 2)) * 0.1
     soundfile.write(buffer, noise, RATE, "PCM_24", format="WAV")
     data = buffer.getvalue()
-    rows = megabytes * 1_000_000 // len(data)
+    rows = max(megabytes * 1_000_000 // len(data), 1)
     for number in range(count):
         # a last byte of its own keeps Parquet from storing the row once
         audio = [{"bytes": data[:-4] + row.to_bytes(4, "big"), "path": None} for row in range(rows)]
