@@ -11,7 +11,10 @@ on with the shards that are missing.
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import psutil
 from accelerate import Accelerator
@@ -33,7 +36,15 @@ from distil_whisper.handoff import (
     schema,
     write_readme,
 )
-from distil_whisper.labelling import RUN_BATCHES, Columns, LabellingSettings, Tally, UnitLabeller
+from distil_whisper.labelling import (
+    RUN_BATCHES,
+    Columns,
+    LabellingSettings,
+    Tally,
+    UnitAtWork,
+    UnitLabeller,
+    label_units,
+)
 from distil_whisper.models import LoadedWhisper, load_whisper
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
@@ -286,12 +297,32 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
         missing += [(source, labeller, features, shard) for shard in left]
     job.accelerator.wait_for_everyone()  # all count before one writes
     rows = [source.units[shard.index].rows for source, _, _, shard in missing]
-    with StopRequest() as stop, Pace(job.turns, None if None in rows else sum(rows)) as pace:
-        while (number := job.turns.take()) < len(missing):
-            source, labeller, features, shard = missing[number]
-            pace.bar.set_description(f"shard {number + 1} of {len(missing)}")
-            with ShardInProgress(job.folder, shard, features) as in_progress:
-                label_shard(job, source, labeller, in_progress, pace, stop)
+    with StopRequest() as stop, Pace(job.turns, None if None in rows else sum(rows)) as pace, ExitStack() as files:
+
+        def units() -> Iterator[ShardAtWork]:
+            """The shards that this process takes, as it comes to read them."""
+            while (number := job.turns.take()) < len(missing):
+                source, labeller, features, shard = missing[number]
+                file = files.enter_context(ShardInProgress(job.folder, shard, features))
+                tally = Tally(**file.progress)
+                if tally.rows:
+                    tqdm.write(f"{shard.name}: going on behind {tally.rows:,} windows")
+                yield ShardAtWork(labeller, source, shard.index, tally, file=file)
+
+        with closing(label_units(units(), partial(write, job, pace), job.args.dataloader_num_workers)) as at_work:
+            for unit in at_work:
+                if stop.received is not None:
+                    at_work.close()
+                    leave(unit, stop)
+
+
+@dataclass
+class ShardAtWork(UnitAtWork):
+    """A unit and the file of its rows; counted: the rows read that the progress knows of."""
+
+    file: ShardInProgress | None = None
+    counted: int = 0
+    finished: bool = False
 
 
 class Pace:
@@ -310,10 +341,13 @@ class Pace:
     def __exit__(self, *_) -> None:
         self.bar.close()
 
-    def add(self, rows: int, seconds: float) -> None:
-        """Count rows that were read and seconds of audio that were labelled."""
-        self.rows = self.turns.count("rows", rows)
+    def add(self, unit: "ShardAtWork", rows: list[dict]) -> None:
+        """Count labelled rows, and what was read of their unit meanwhile."""
+        read, seconds = unit.tally.read, sum(row["duration"] for row in rows)
+        self.rows = self.turns.count("rows", read - unit.counted)
         self.seconds = self.turns.count("milliseconds", round(1000 * seconds)) / 1000
+        unit.counted = read
+        self.bar.set_description(f"{unit.file.shard.stem}", refresh=False)
         self.bar.set_postfix_str(f"{self.speed:,.0f} s of audio a second", refresh=False)
         self.bar.update(self.rows - self.bar.n)
 
@@ -331,41 +365,46 @@ class Pace:
         return f"{rows}, {self.seconds / 3600:,.2f} hours of audio, {self.speed:,.0f} s of audio a second"
 
 
-def label_shard(
-    job: Job, source: Source, labeller: UnitLabeller, shard: ShardInProgress, pace: Pace, stop: StopRequest
-) -> None:
-    """Label one unit, or what an earlier run left of it, into its file.
+def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
+    """Write rows of a shard, or None to finish it; every --logging_steps batches keep them and tell the progress."""
+    if rows is None:
+        finish(job, pace, unit)
+        return
+    for row in rows:
+        unit.file.write(row)
+    pace.add(unit, rows)
+    steps, before = job.args.logging_steps, job.batches
+    job.batches += -(-len(rows) // job.args.per_device_eval_batch_size)
+    if job.batches // steps > before // steps:
+        unit.file.keep(unit.tally.progress())
+        if not shown():  # where there is a bar, it says that
+            name, windows = unit.file.shard.name, unit.tally.rows
+            job.accelerator.print(f"{name}: {windows:,} windows labelled; in all {pace}")
+        job.trackers.log(pace.metrics(), job.batches)
 
-    Asked to stop (SIGTERM, SIGINT), it keeps the windows that are labelled and leaves.
-    """
-    tally, steps, read = Tally(**shard.progress), job.args.logging_steps, 0
-    if tally.rows:
-        tqdm.write(f"{shard.shard.name}: going on behind {tally.rows:,} windows")
-    for rows in labeller(source, shard.shard.index, tally):
-        for row in rows:
-            shard.write(row)
-        pace.add(tally.read - read, sum(row["duration"] for row in rows))
-        read = tally.read
-        before, job.batches = job.batches, job.batches + -(-len(rows) // job.args.per_device_eval_batch_size)
-        if job.batches // steps > before // steps:
-            shard.keep(tally.progress())
-            if not shown():  # where there is a bar, it says that
-                job.accelerator.print(f"{shard.shard.name}: {tally.rows:,} windows labelled; in all {pace}")
-            job.trackers.log(pace.metrics(), job.batches)
-        if stop.received is not None:
-            shard.keep(tally.progress())
-            tqdm.write(f"stopped behind {tally.rows:,} windows of {shard.shard.name}; the same command goes on")
-            raise SystemExit(stop.exit_code)
-    pace.add(tally.read - read, 0.0)  # rows at the end that were skipped
-    shard.finish(tally.progress())
+
+def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
+    """Make the file of a shard, and push it. Raises UserError if too many of its rows were left out."""
+    tally, shard = unit.tally, unit.file.shard
+    pace.add(unit, [])
+    unit.file.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
-    finish_shard(job.folder, shard.shard, facts)
-    shard.forget()
+    finish_shard(job.folder, shard, facts)
+    unit.file.forget()
+    unit.finished = True
     write_readme(job.folder, card(job, []))
     if job.uploads:
-        job.uploads.add(shard.shard.name, "README.md")
+        job.uploads.add(shard.name, "README.md")
     job.read, job.skipped = job.read + tally.read, job.skipped + len(tally.skipped)
     check_skipped(job.args, job.read, job.skipped)
+
+
+def leave(unit: ShardAtWork, stop: StopRequest) -> None:
+    """Asked to stop (SIGTERM, SIGINT), keep the windows that are labelled."""
+    if not unit.finished:
+        unit.file.keep(unit.tally.progress())
+    tqdm.write(f"stopped behind {unit.tally.rows:,} windows of {unit.file.shard.name}; the same command goes on")
+    raise SystemExit(stop.exit_code)
 
 
 def check_skipped(args: Arguments, read: int, skipped: int, at_least: int = 100) -> None:

@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
 from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
@@ -132,25 +133,27 @@ class UnitLabeller:
         self.normalisers = normalisers
         self.renamed = renamed
 
-    def __call__(self, source: Source, unit: int, tally: Tally) -> Iterator[list[dict]]:
-        """The labelled rows of a unit in order, some batches at a time; what was left out is noted in tally.
+    def runs(self, source: Source, unit: int, tally: Tally) -> Iterator[list[WindowAudio]]:
+        """The windows of a unit in order, some batches at a time; rows that are left out are noted in tally.
 
-        A tally that has labelled windows makes it go on behind them: they are read again, and not decoded again.
+        A tally that has labelled windows makes it begin behind them.
         """
-        settings = self.settings
         windows = islice(self.windows(source, unit, tally), tally.rows, None)
-        runs = batched(windows, settings.run_batches * settings.batch_size)
-        for run in _one_ahead(runs, settings.num_workers):
-            rows = []
-            for window, result in zip(run, self.decoded(run), strict=True):
-                prompt = None if window.after_gap else tally.previous.get(window.recording_id)
-                rows.append(self.row(window, result, prompt))
-                if self.columns.owner or window.cut:
-                    spoken = None if result.truncated else self.decoder.grammar.spoken(result.ids)
-                    tally.previous[window.recording_id] = spoken
-            tally.rows += len(rows)
-            tally.seconds += sum(row["duration"] for row in rows)
-            yield rows
+        ready = _ahead(self._with_file, windows, self.settings.num_workers)
+        return batched(ready, self.settings.run_batches * self.settings.batch_size)
+
+    def rows(self, run: Sequence[WindowAudio], results: Sequence[Decoded], tally: Tally) -> list[dict]:
+        """The labelled rows of the next run of a unit, which are counted in tally."""
+        rows = []
+        for window, result in zip(run, results, strict=True):
+            prompt = None if window.after_gap else tally.previous.get(window.recording_id)
+            rows.append(self.row(window, result, prompt))
+            if self.columns.owner or window.cut:
+                spoken = None if result.truncated else self.decoder.grammar.spoken(result.ids)
+                tally.previous[window.recording_id] = spoken
+        tally.rows += len(rows)
+        tally.seconds += sum(row["duration"] for row in rows)
+        return rows
 
     def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
         """What the teacher says of each window."""
@@ -252,10 +255,16 @@ class UnitLabeller:
             "duration": round(len(window.samples) / self.whisper.window.sampling_rate, 4),
         }
 
-    def _kept(self, window: WindowAudio) -> dict:
-        """The columns of the source. Audio is the bytes that came, or FLAC where it was joined or cut."""
-        first = window.parts[0].row
+    def _with_file(self, window: WindowAudio) -> WindowAudio:
+        """The window with its audio as FLAC, where it was joined or cut."""
         if not window.cut and not self.settings.concatenate:
+            return window
+        return replace(window, flac=encode(window.samples, self.whisper.window.sampling_rate))
+
+    def _kept(self, window: WindowAudio) -> dict:
+        """The columns of the source. Audio is the bytes that came, where they were not joined or cut."""
+        first = window.parts[0].row
+        if window.flac is None:
             return {
                 self.renamed[name]: _stored(value) if name == self.columns.audio else value
                 for name, value in first.items()
@@ -263,8 +272,7 @@ class UnitLabeller:
             }
         columns = self.columns
         kept = {self.renamed[name]: first[name] for name in columns.kept_in_windows() if name in self.renamed}
-        flac = encode(window.samples, self.whisper.window.sampling_rate)
-        kept[self.renamed[columns.audio]] = {"bytes": flac, "path": None}
+        kept[self.renamed[columns.audio]] = {"bytes": window.flac, "path": None}
         if columns.text is not None:
             kept[self.renamed[columns.text]] = self._joined_text(window)
         return kept
@@ -304,6 +312,77 @@ class UnitLabeller:
                 strict=True,
             )
         )
+
+
+@dataclass
+class UnitAtWork:
+    """A unit while it is labelled, or so many runs of it."""
+
+    labeller: UnitLabeller
+    source: Source
+    index: int
+    tally: Tally
+    most_runs: int | None = None
+
+    def runs(self) -> Iterator[list[WindowAudio]]:
+        """What is to be decoded of it."""
+        return islice(self.labeller.runs(self.source, self.index, self.tally), self.most_runs)
+
+
+AnyUnit = TypeVar("AnyUnit", bound=UnitAtWork)
+
+
+def label_units(
+    units: Iterable[AnyUnit], write: Callable[[AnyUnit, list[dict] | None], object], workers: int
+) -> Iterator[AnyUnit]:
+    """Label units in order; yields a unit after each of its runs and at its end.
+
+    write is given a unit and the rows of a run, and None at the unit's end. With workers, reading and writing have
+    threads beside the decoding: of the run that comes next, of the next unit too, and of the run before. Closed
+    early, it waits for what is being written.
+    """
+
+    def finish(unit: AnyUnit, run: list[WindowAudio] | None, results: list[Decoded]) -> None:
+        write(unit, None if run is None else unit.labeller.rows(run, results, unit.tally))
+
+    runs = ((unit, run) for unit in units for run in chain(unit.runs(), [None]))
+    with _Behind(workers) as behind:
+        for unit, run in _one_ahead(runs, workers):
+            behind(finish, unit, run, [] if run is None else unit.labeller.decoded(run))
+            yield unit
+
+
+class _Behind:
+    """Calls functions in order, each on a thread while the caller goes on to the next; without workers, at once.
+
+    An error comes out of the next call, or at the end of the block.
+    """
+
+    def __init__(self, workers: int):
+        self._pool = ThreadPoolExecutor(1) if workers > 0 else None
+        self._last: Future | None = None
+
+    def __call__(self, function: Callable, *arguments) -> None:
+        if self._pool is None:
+            function(*arguments)
+            return
+        self._wait()
+        self._last = self._pool.submit(function, *arguments)
+
+    def __enter__(self) -> "_Behind":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._pool is None:
+            return
+        with self._pool:
+            if kind in (None, GeneratorExit):
+                self._wait()
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 def _one_ahead(items: Iterator, workers: int) -> Iterator:

@@ -26,7 +26,7 @@ class Utterance:
 @dataclass(frozen=True)
 class WindowAudio:
     """What the teacher hears at once: parts of one recording, where each begins in the window (in samples), and where
-    the window begins in its recording (in seconds, known for cut recordings only)."""
+    the window begins in its recording (in seconds, known for cut recordings only). flac: the samples as a file."""
 
     parts: list[Utterance]
     starts: list[int]
@@ -34,6 +34,7 @@ class WindowAudio:
     row_id: str
     window_start: float = 0.0
     cut: bool = False
+    flac: bytes | None = None
 
     @property
     def recording_id(self) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
@@ -58,10 +59,16 @@ class ShardInProgress:
         self.keep(progress)
         if not self.parts:
             return
+        path = self.folder / self.shard.name
+        if self.parts == 1:  # it is what joining it would give
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # it was moved before the run was killed
+                os.replace(self._part(0), path)
+            return
         files = [pq.ParquetFile(self._part(number)) for number in range(self.parts)]
         tables = (pa.Table.from_batches([batch]) for file in files for batch in file.iter_batches(ROWS_PER_GROUP))
         schema = self.features.arrow_schema
-        with atomic_path(self.folder / self.shard.name) as beside, pq.ParquetWriter(beside, schema) as writer:
+        with atomic_path(path) as beside, pq.ParquetWriter(beside, schema) as writer:
             for group in _regrouped(tables, ROWS_PER_GROUP):
                 writer.write_table(group.cast(schema))
 

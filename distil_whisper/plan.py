@@ -14,7 +14,7 @@ import soundfile
 from datasets import Features
 
 from distil_whisper.handoff import shard_writer
-from distil_whisper.labelling import Tally, UnitLabeller
+from distil_whisper.labelling import Tally, UnitAtWork, UnitLabeller, label_units
 from distil_whisper.reading import Source, Unit
 
 TRIAL_UNITS, TRIAL_RUNS, ROWS_LOOKED_AT = 4, 2, 200
@@ -52,37 +52,30 @@ def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan
         known = [sum(1 for _ in source.rows(0, [name for name in source.column_names if name != source.audio_column]))]
         known *= units
     chosen = sorted({number * units // TRIAL_UNITS for number in range(TRIAL_UNITS)} - {units})
-    trials = [_trial(source, unit, labeller, features) for unit in chosen]
-    heard = sum(trial.seconds for trial in trials)
+    heard, took, size = _trial(source, chosen, labeller, features)
     if not heard:
         return Plan(source.label, sum(known), units, 0.0, 0.0, 0.0)
     lengths = [seconds for unit in chosen for seconds in _lengths(source, source.units[unit], labeller.columns.audio)]
     audio_seconds = statistics.fmean(lengths or [0.0]) * sum(known)
-    pace, size = (sum(getattr(trial, name) for trial in trials) / heard for name in ("took", "bytes"))
-    return Plan(source.label, sum(known), units, audio_seconds / 3600, audio_seconds * pace, audio_seconds * size)
+    times = audio_seconds / heard
+    return Plan(source.label, sum(known), units, audio_seconds / 3600, took * times, size * times)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Audio seconds labelled, the seconds that took, and the bytes of the rows."""
+def _trial(source: Source, units: list[int], labeller: UnitLabeller, features: Features) -> tuple[float, float, int]:
+    """Label the first windows of units: seconds of audio, the seconds that took, and the bytes of the rows.
 
-    seconds: float
-    took: float
-    bytes: int
-
-
-def _trial(source: Source, unit: int, labeller: UnitLabeller, features: Features) -> Trial:
-    """Label the first windows of a unit. The first of them warm the machine up and are done twice."""
-    next(labeller(source, unit, Tally()), None)
-    tally = Tally()
+    The first of all warm the machine up and are done twice.
+    """
+    workers = labeller.settings.num_workers
+    warm_up = [UnitAtWork(labeller, source, unit, Tally(), most_runs=1) for unit in units[:1]]
+    list(label_units(warm_up, lambda *_: None, workers))
+    trials = [UnitAtWork(labeller, source, unit, Tally(), most_runs=TRIAL_RUNS) for unit in units]
     with tempfile.TemporaryDirectory() as folder:
         path, began = Path(folder) / "trial.parquet", time.perf_counter()
         with shard_writer(path, features) as write:
-            for rows in islice(labeller(source, unit, tally), TRIAL_RUNS):
-                for row in rows:
-                    write(row)
+            list(label_units(trials, lambda _, rows: [write(row) for row in rows or ()], workers))
         took = time.perf_counter() - began
-        return Trial(tally.seconds, took, path.stat().st_size if path.exists() else 0)
+        return sum(unit.tally.seconds for unit in trials), took, path.stat().st_size if path.exists() else 0
 
 
 def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float]:

@@ -19,7 +19,15 @@ from datasets import Audio, Features, Value
 from distil_whisper.audio import decode, stack
 from distil_whisper.decoding import Decoded, Decoder
 from distil_whisper.handoff import WRITTEN, schema
-from distil_whisper.labelling import Columns, LabellingSettings, Tally, UnitLabeller, expected_lengths
+from distil_whisper.labelling import (
+    Columns,
+    LabellingSettings,
+    Tally,
+    UnitAtWork,
+    UnitLabeller,
+    expected_lengths,
+    label_units,
+)
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.tokens import plain_text
@@ -92,6 +100,16 @@ def labeller_of(teacher, decoder, columns, **settings):
     return UnitLabeller(teacher, decoder, columns, settings, rules, renamed), features
 
 
+def rows_of_unit(labeller, source, unit=0, tally=None, most_runs=None):
+    """What is written of a unit, or of its first runs."""
+    written = []
+    units = [UnitAtWork(labeller, source, unit, tally or Tally(), most_runs)]
+    for _ in label_units(units, lambda _, rows: written.append(rows), labeller.settings.num_workers):
+        pass
+    assert written.pop() is None and None not in written
+    return list(chain.from_iterable(written))
+
+
 @pytest.fixture
 def label(whisper):
     """Label the rows of one unit: the labelled rows and the tally. They fit the schema of the hand-off dataset."""
@@ -99,7 +117,7 @@ def label(whisper):
     def run(*rows, columns=BY_SPEAKER, ear=None, **settings):
         labeller, features = labeller_of(whisper, ear or Ear(whisper.grammar), columns, **settings)
         tally = Tally()
-        labelled = list(chain.from_iterable(labeller(Rows(rows), 0, tally)))
+        labelled = rows_of_unit(labeller, Rows(rows), tally=tally)
         pa.Table.from_pylist(labelled, schema=features.arrow_schema)
         assert all(set(found) == set(features) for found in labelled)
         return labelled, tally
@@ -192,7 +210,7 @@ def test_prompts_and_windows_never_cross_a_unit(whisper, concatenate, expected):
     source = Rows([row(1), row(2)], [row(3), row(4)])
     labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, concatenate=concatenate)
     for unit in range(2):
-        labelled = list(chain.from_iterable(labeller(source, unit, Tally())))
+        labelled = rows_of_unit(labeller, source, unit)
         assert words(labelled) == expected[unit]
         assert labelled[0]["condition_on_prev"] is None
         assert labelled[0]["row_id"] == f"source/{unit}-0"
@@ -320,7 +338,7 @@ def test_rows_are_read_as_they_are_needed(whisper, settings, read):
     source, count = Rows(), []
     source.rows = lambda unit: (count.append(1) or row(1 + i % 8, seconds=3.0) for i in range(30))
     labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, **settings, run_batches=1)
-    assert len(next(labeller(source, 0, Tally()))) == SETTINGS["batch_size"]
+    assert len(rows_of_unit(labeller, source, most_runs=1)) == SETTINGS["batch_size"]
     assert len(count) == read
 
 
@@ -341,7 +359,7 @@ def test_a_real_teacher(request, utterances, model, told):
     decoder = Decoder(teacher, max_label_length=6, return_timestamps=True)
     rows = [{**row(1, u.speaker, text=u.text, data=u.encoded()), "id": u.id} for u in utterances[:6]]
     labeller, _ = labeller_of(teacher, decoder, BY_SPEAKER, language=told[0], task=told[1], decode_token_ids=False)
-    labelled = list(chain.from_iterable(labeller(Rows(rows), 0, Tally())))
+    labelled = rows_of_unit(labeller, Rows(rows))
     expected = decoder(stack([u.samples for u in utterances[:6]], teacher.window), *told)
     assert [found["whisper_token_ids"] for found in labelled] == [decoded.ids for decoded in expected]
     assert [found["truncated"] for found in labelled] == [decoded.truncated for decoded in expected]
@@ -358,10 +376,10 @@ def test_a_unit_goes_on_behind_what_is_labelled(whisper, label):
     expected, whole = label(*rows, run_batches=1)
     labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, run_batches=1)
     began = Tally()
-    first = next(labeller(Rows(rows), 0, began))
+    first = rows_of_unit(labeller, Rows(rows), tally=began, most_runs=1)
     ear, went_on = Ear(whisper.grammar), Tally(**json.loads(json.dumps(began.progress())))
     labeller, _ = labeller_of(whisper, ear, BY_SPEAKER, run_batches=1)
-    rest = list(chain.from_iterable(labeller(Rows(rows), 0, went_on)))
+    rest = rows_of_unit(labeller, Rows(rows), tally=went_on)
     assert first + rest == expected and sum(count for *_, count in ear.told) == len(rest) == len(expected) - 2
     assert went_on == whole
 
@@ -421,7 +439,7 @@ def test_a_decoder_is_given_the_texts_of_its_windows_but_for_translations(whispe
 @pytest.mark.parametrize("text", [{"en": "one", "de": "eins"}, ["one"], 1])
 def test_a_translation_may_have_any_column_of_that_name(whisper, text):
     labeller, _ = labeller_of(whisper, Ear(whisper.grammar), Columns("audio", "text"), task="translate")
-    ((found,),) = labeller(Rows([{**row(1), "text": text}]), 0, Tally())
+    (found,) = rows_of_unit(labeller, Rows([{**row(1), "text": text}]))
     assert plain_text(found["whisper_transcript"]) == "one" and found["wer"] is None
 
 

@@ -181,15 +181,14 @@ def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folde
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--streaming", streaming]
     flags += ["--logging_steps", 1]
     unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
-    label_unit = run_pseudo_labelling.UnitLabeller.__call__
+    write = run_pseudo_labelling.write
 
-    def killed(self, source, unit, tally):
-        for number, rows in enumerate(label_unit(self, source, unit, tally)):
-            if unit == 1 and number == 1:
-                raise Killed
-            yield rows
+    def killed(job, pace, unit, rows):
+        if unit.index == 1 and unit.tally.rows == 10:
+            raise Killed
+        write(job, pace, unit, rows)
 
-    monkeypatch.setattr(run_pseudo_labelling.UnitLabeller, "__call__", killed)
+    monkeypatch.setattr(run_pseudo_labelling, "write", killed)
     with pytest.raises(Killed):
         label(taught, speech_folder, tmp_path / "broken", *flags)
     assert list(shards(tmp_path / "broken")) == ["train-00000-of-00002.parquet"]
@@ -205,15 +204,14 @@ def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folde
 def test_labelling_that_is_asked_to_stop_keeps_what_is_labelled(taught, speech_folder, monkeypatch, tmp_path, capsys):
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--logging_steps", 2]
     unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
-    label_unit = run_pseudo_labelling.UnitLabeller.__call__
+    write = run_pseudo_labelling.write
 
-    def interrupted(self, source, unit, tally):
-        for rows in label_unit(self, source, unit, tally):
-            if unit == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield rows
+    def interrupted(job, pace, unit, rows):
+        if unit.index == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(job, pace, unit, rows)
 
-    monkeypatch.setattr(run_pseudo_labelling.UnitLabeller, "__call__", interrupted)
+    monkeypatch.setattr(run_pseudo_labelling, "write", interrupted)
     with pytest.raises(SystemExit) as ended:
         label(taught, speech_folder, tmp_path / "broken", *flags)
     assert ended.value.code == 130
