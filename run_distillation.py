@@ -352,8 +352,10 @@ def train(run: Training, max_steps: int) -> None:
 
 def agree(accelerator: Accelerator, group: list[Batch], stop: StopRequest) -> tuple[torch.Tensor, bool]:
     """What all processes must know of a step: its valid tokens, and whether any of them was asked to stop."""
-    mine = [sum(batch.tokens for batch in group), stop.received is not None]
-    tokens, stopping = accelerator.reduce(torch.tensor(mine, device=accelerator.device), "sum")
+    mine = torch.tensor([sum(batch.tokens for batch in group), stop.received is not None])
+    if accelerator.num_processes > 1:  # a GPU is waited for
+        mine = accelerator.reduce(mine.to(accelerator.device), "sum")
+    tokens, stopping = mine
     return tokens.clamp(min=1), bool(stopping)
 
 
@@ -394,8 +396,10 @@ def optimizer_step(run: Training, group: list[Batch], tokens: torch.Tensor) -> t
             tqdm.write(f"skipped {row_id}: {reason}")
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = accelerator.clip_grad_norm_(trained, run.args.max_grad_norm)
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else 0
     run.optimizer.step()
-    run.scheduler.step()
+    if not accelerator.scaler or accelerator.scaler.get_scale() >= scale:  # it falls where a step was left out
+        run.scheduler.step()
     run.optimizer.zero_grad()
     return sums, norm
 
@@ -421,6 +425,7 @@ def evaluate(run: Training) -> None:
 def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
     run.state.metered, run.state.streams = run.meter.sums(), run.data.to_keep()
+    run.state.scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
 
@@ -514,6 +519,8 @@ def go_on(run: Training, max_steps: int) -> None:
     if resumed is not None:
         run.state = resumed
         run.meter.go_on(resumed.metered)
+        if run.accelerator.scaler and resumed.scaler:
+            run.accelerator.scaler.load_state_dict(resumed.scaler)
         run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
         if resumed.step >= max_steps:
             run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")

@@ -120,7 +120,7 @@ class Arguments(ModelFields, DataFields, RunFields):
         choices=["torch", "ctranslate2"],
     )
     cuda_graphs: bool = option(
-        False, "Greedily on a GPU: launch a step of the decoder as one graph where few windows are left in a batch."
+        False, "Greedily on a GPU, in batches of up to 128 windows: launch each step of the decoder as one graph."
     )
     draft_from_text: bool = option(
         False,

@@ -12,6 +12,7 @@ engine packs. Every variant runs in processes of its own, in turn; ratios are me
 `speedup` is that in bfloat16 where the WER is not above the reference's, else that in --dtype.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -119,11 +120,8 @@ def run_variant(args) -> dict:
     """One variant in this process: seconds, tokens by window, peak memory, parts, and texts where there is speech."""
     device = this_device()
     dtype = "bfloat16" if "bfloat16" in args.variant else args.dtype
-    with tempfile.TemporaryDirectory() as folder:
-        name = None if args.variant in CLIPS else args.model_name_or_path
-        if not name:
-            save_talker(Path(folder), args.size, args.label_tokens)
-        whisper = load_whisper(name or folder, dtype=dtype, device=device)
+    name = args.talker if args.variant in CLIPS else args.model_name_or_path or args.talker
+    whisper = load_whisper(name, dtype=dtype, device=device)
     clock = Clock(device)
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
     decode_all = engine_of(args.variant)(whisper, clock, args)
@@ -186,8 +184,8 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "speedup": speedup(best),
         "token_agreement": agreement(best),
         "speedup_is_of": best,
-        "speedups": {name: speedup(name) for name in VARIANTS[1:]},
-        "token_agreements": {name: agreement(name) for name in VARIANTS[1:]},
+        "speedups": {name: speedup(name) for name in VARIANTS[1:] if name in runs},
+        "token_agreements": {name: agreement(name) for name in VARIANTS[1:] if name in runs},
         "speedups_packed": {name: speedup(name, "reference_clips") for name in PACKED},
         "wer": {name: wer(name) for name in runs},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
@@ -198,7 +196,7 @@ def show(result: dict) -> None:
     """The result as a table."""
     print(f"{result['machine']}; {result['model']}, {result['dtype']}, batch {result['batch_size']}")
     print(f"{'':24}{'audio s/s':>10}{'tokens/s':>10}{'peak GB':>9}{'WER %':>8}   time by part")
-    for name in (*VARIANTS, *CLIPS):
+    for name in result["peak_gb"]:
         row = [result[key][name] for key in ("audio_seconds_per_second", "tokens_per_second", "peak_gb")]
         wer = "" if result["wer"][name] is None else f"{result['wer'][name]:.2f}"
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
@@ -220,11 +218,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_name", help="A dataset with a column text, for that model.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_split_name", default="test")
+    parser.add_argument("--talker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
         print(json.dumps(run_variant(args)))
         return
-    runs = in_turn(__file__, (*VARIANTS, *CLIPS), args)
+    with tempfile.TemporaryDirectory() as folder:
+        save_talker(Path(folder), args.size, args.label_tokens)
+        args.talker = folder
+        runs = in_turn(__file__, (*VARIANTS, *CLIPS), args, optional={"ctranslate2"})
     result = summarise(args, runs)
     show(result)
     write_json(args, result)

@@ -41,7 +41,8 @@ def inputs(args, dtype, device) -> dict[str, torch.Tensor]:
 
 def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels) -> torch.Tensor:
     """The formula, on full logits."""
-    logits, targets = (student_hidden @ student_head.T).float(), (teacher_hidden @ teacher_head.T).float()
+    exact = torch.promote_types(student_hidden.dtype, torch.float32)
+    logits, targets = (student_hidden @ student_head.T).to(exact), (teacher_hidden @ teacher_head.T).to(exact)
     valid = labels != -100
     ce = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     log_q = functional.log_softmax(logits / WEIGHTS.temperature, -1)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -76,12 +76,18 @@ def make_parser(description: str, variants: tuple[str, ...]) -> argparse.Argumen
     return parser
 
 
-def in_turn(script: str, variants: Iterable[str], args) -> dict[str, list[dict]]:
-    """What every variant gave, each --pairs times, one after the other."""
+def in_turn(script: str, variants: Iterable[str], args, optional: Container[str] = ()) -> dict[str, list[dict]]:
+    """What every variant gave, each --pairs times, one after the other; an optional one that fails is left out."""
     runs: dict[str, list[dict]] = {name: [] for name in variants}
     for _ in range(args.pairs):
-        for name, of in runs.items():
-            of.append(in_own_process(script, name, args))
+        for name in list(runs):
+            try:
+                runs[name].append(in_own_process(script, name, args))
+            except RuntimeError as error:
+                if name not in optional:
+                    sys.exit(str(error))
+                print(f"{error}\nit is left out", file=sys.stderr)
+                del runs[name]
     return runs
 
 
@@ -92,11 +98,14 @@ def write_json(args, result: dict) -> None:
 
 
 def in_own_process(script: str, variant: str, args) -> dict:
-    """What a variant prints last, as JSON, when the script runs it alone with the same arguments."""
+    """What a variant prints last, as JSON, when the script runs it alone with the same arguments.
+
+    Raises RuntimeError if it fails, with what it said.
+    """
     given = {name: value for name, value in vars(args).items() if name not in ("json", "variant", "pairs")}
     flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
     command = [sys.executable, script, "--variant", variant, *flags]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
-        sys.exit(f"the variant {variant} failed:\n{ran.stderr}")
+        raise RuntimeError(f"the variant {variant} failed:\n{ran.stderr}")
     return json.loads(ran.stdout.splitlines()[-1])

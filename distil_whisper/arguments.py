@@ -114,6 +114,12 @@ def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, descriptio
     parsed, rest = parser.parse_args_into_dataclasses(_without_nones(argv, arguments), return_remaining_strings=True)
     if rest:
         raise UserError(f"{rest[0]!r} does not belong to any argument; give values as --name value")
+    fused = ATTENTION.get(getattr(parsed, "attn_type", None)) == "flash_attention_2"
+    if fused and parsed.dtype == "float32":
+        raise UserError(
+            f"--attn_type {parsed.attn_type} computes in bfloat16 or float16, and --dtype is float32; give one of "
+            "those, or --attn_type sdpa"
+        )
     return parsed
 
 

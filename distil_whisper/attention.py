@@ -5,6 +5,7 @@ Products round the scores to bfloat16, as transformers' "eager" attention does; 
 """
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -16,16 +17,20 @@ BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it n
 AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be fast for many queries
 
 
+# Around a search, whose keys grow with each step: cuDNN, which torch prefers on an H100, makes a plan for each length.
+for_any_length = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:
     """What queries find [batch, heads, length, width] in values, whose keys they multiply; queries come scaled.
 
-    mask: which keys each query may see (True), for the few tokens of a step of the decoder.
+    mask: what is added to the scores of the few tokens of a step of the decoder, in the type of the queries.
     """
     products = BFLOAT16 and queries.device.type == "cpu" and queries.dtype == torch.bfloat16
     if causal or not products or (AMX and queries.shape[2] > QUERIES_AT_ONCE):
         return scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=1.0)
     if mask is not None:  # of a few tokens: what a row finds is the same with it and without
-        return torch.softmax((queries @ keys.mT).masked_fill(~mask, -torch.inf), -1) @ values
+        return torch.softmax(queries @ keys.mT + mask, -1) @ values
     keys = keys.mT
     return torch.cat([torch.softmax(some @ keys, -1) @ values for some in queries.split(QUERIES_AT_ONCE, 2)], 2)
 

@@ -137,18 +137,20 @@ class LogMel(nn.Module):
             return (torch.maximum(logarithm, loudest - LOG_RANGE) + 4.0) / 4.0
 
 
-def stack(waveforms: list[np.ndarray], window: Window) -> torch.Tensor:
+def stack(waveforms: list[np.ndarray], window: Window, pinned: bool = False) -> torch.Tensor:
     """Waveforms of any lengths as float32 [batch, window.samples], zeros after each one's end.
 
-    Raises ValueError for one that is longer than the window: audio is never cut silently.
+    pinned: in memory that a GPU copies fast, and which is kept for the next batch. Raises ValueError for a waveform
+    that is longer than the window: audio is never cut silently.
     """
-    batch = torch.zeros(len(waveforms), window.samples)
+    batch = torch.empty(len(waveforms), window.samples, pin_memory=pinned)
     for row, samples in zip(batch, waveforms, strict=True):
         if len(samples) > window.samples:
             raise ValueError(
                 f"{len(samples) / window.sampling_rate:.2f} s of audio do not fit a window of {window.seconds:g} s"
             )
         row[: len(samples)] = torch.from_numpy(samples)
+        row[len(samples) :] = 0
     return batch
 
 

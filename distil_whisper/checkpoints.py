@@ -38,13 +38,15 @@ _MOMENTS = "state."
 @dataclass
 class TrainerState:
     """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
-    validation, what the meter has summed since the last line of metrics, and where the streams stand."""
+    validation, what the meter has summed since the last line of metrics, where the streams stand, and how float16's
+    gradients are scaled."""
 
     step: int = 0
     figures: dict[int, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     metered: list[float] = field(default_factory=list)
     streams: dict = field(default_factory=dict)
+    scaler: dict = field(default_factory=dict)
 
     def best_steps(self, count: int) -> list[int]:
         """The steps of the lowest figures, the best first."""

@@ -8,6 +8,7 @@ from ctranslate2.converters import TransformersConverter
 
 from distil_whisper.audio import LogMel
 from distil_whisper.decoding import Decoded
+from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper
 
 
@@ -15,7 +16,7 @@ class CTranslate2Decoder:
     """Decodes batches of windows with a converted copy of a model, in the model's type.
 
     max_label_length: the most tokens after the prefix. CTranslate2 tells English-only from multilingual models by the
-    size of Whisper's own vocabularies: of others `Decoded.language` is None.
+    size of Whisper's own vocabularies: of others `Decoded.language` is None. Raises UserError where it cannot run.
     """
 
     def __init__(
@@ -28,7 +29,8 @@ class CTranslate2Decoder:
         device: torch.device | str = "cpu",
     ):
         self.grammar = whisper.grammar
-        self.log_mel = LogMel(whisper.feature_extractor)
+        self.device = torch.device(device)
+        self.log_mel = LogMel(whisper.feature_extractor).to(self.device)
         self.num_beams = num_beams
         self.max_label_length = max_label_length or whisper.grammar.max_positions
         self.return_timestamps = return_timestamps
@@ -36,7 +38,7 @@ class CTranslate2Decoder:
         self.suppressed = list(config.suppress_tokens or [])
         self.suppressed_at_first = bool(config.begin_suppress_tokens)
         self.last_first_timestamp = getattr(config, "max_initial_timestamp_index", None) or 1500
-        device, dtype = torch.device(device), str(whisper.model.dtype).removeprefix("torch.")
+        dtype = str(whisper.model.dtype).removeprefix("torch.")
         with tempfile.TemporaryDirectory() as folder:
             original, converted = f"{folder}/original", f"{folder}/converted"
             for part in (whisper.model, whisper.tokenizer, whisper.feature_extractor):
@@ -44,8 +46,8 @@ class CTranslate2Decoder:
             TransformersConverter(original).convert(converted, quantization=dtype)
             self.model = ctranslate2.models.Whisper(
                 converted,
-                device=device.type,
-                device_index=device.index or 0,
+                device=self.device.type,
+                device_index=self.device.index or 0,
                 compute_type=dtype,
                 intra_threads=torch.get_num_threads(),
             )
@@ -53,8 +55,11 @@ class CTranslate2Decoder:
     def __call__(self, waveforms: torch.Tensor, language: str | None, task: str | None) -> list[Decoded]:
         """Decode waveforms [B, samples] (float32, the window's length), one result a row."""
         prefix = self.grammar.prefix(language, task, self.return_timestamps)
-        features = self.log_mel(waveforms.cpu()).contiguous().numpy()
-        encoded = self.model.encode(ctranslate2.StorageView.from_array(features), to_cpu=False)
+        features = self.log_mel(waveforms.to(self.device, non_blocking=True)).contiguous().cpu().numpy()
+        try:
+            encoded = self.model.encode(ctranslate2.StorageView.from_array(features), to_cpu=False)
+        except RuntimeError as error:  # such as a library of CUDA that is missing, for which it looks now
+            raise UserError(f"--backend ctranslate2 cannot be used here: {error}; use --backend torch") from error
         most = min(self.max_label_length, self.grammar.max_positions - len(prefix))
         found = self.model.generate(
             encoded,

@@ -9,10 +9,11 @@ import torch
 from transformers import LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
+from distil_whisper.attention import for_any_length
 from distil_whisper.audio import LogMel
 from distil_whisper.drafts import drafted_search
 from distil_whisper.errors import UserError
-from distil_whisper.greedy import Rules, greedy_search
+from distil_whisper.greedy import GRAPH_ROWS, DecoderSteps, Rules, greedy_search
 from distil_whisper.models import LoadedWhisper, encoder_states
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
@@ -43,8 +44,8 @@ class Decoder:
     """Decodes batches of windows, greedily or with beams, on the device and in the type of the model.
 
     max_label_length: the most tokens after the prefix; the decoder's positions limit it in any case.
-    cuda_graphs: greedily and with few rows, launch each step as one graph. Raises UserError for numbers below 1, and
-    for graphs without a GPU.
+    cuda_graphs: greedily and with few rows, launch each step as one graph, which is kept for the next batches. Raises
+    UserError for numbers below 1, and for graphs without a GPU.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Decoder:
         if cuda_graphs and whisper.model.device.type != "cuda":
             raise UserError("--cuda_graphs needs a GPU, and there is none; leave it out")
         self.cuda_graphs = cuda_graphs
+        self._steps: DecoderSteps | None = None  # with the graph of its shape
         self.model = whisper.model
         self.grammar = whisper.grammar
         self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
@@ -79,7 +81,7 @@ class Decoder:
         that reads it as a draft. Raises UserError if a multilingual model has no language.
         """
         prefix = self.grammar.prefix(language, task, self.return_timestamps)
-        features = self.log_mel(waveforms.to(self.model.device)).to(self.model.dtype)
+        features = self.log_mel(waveforms.to(self.model.device, non_blocking=True)).to(self.model.dtype)
         encoded = encoder_states(self.model.get_encoder(), features)
         if self.num_beams == 1:
             drafts = [self._draft(text, language) if text else [] for text in texts or ()]
@@ -94,13 +96,26 @@ class Decoder:
         if any(drafts):
             found = drafted_search(self.model, encoded, prefix, rules, most, drafts, grammar.opening)
         else:
-            found = greedy_search(self.model, encoded, prefix, rules, most, self.cuda_graphs)
+            found = greedy_search(self.model, self._steps_of(encoded, len(prefix) + most - 1), prefix, rules, most)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
+
+    def _steps_of(self, encoded: torch.Tensor, most: int) -> DecoderSteps:
+        """The decoder at its beginning: the one before where its graph can be used again."""
+        decoder, shape = self.model.model.decoder, (len(encoded), most)
+        if not self.cuda_graphs or len(encoded) > GRAPH_ROWS:
+            return DecoderSteps(decoder, encoded, most)
+        if self._steps is not None and self._steps.shape == shape:
+            self._steps.begin(encoded)
+        else:
+            self._steps = None  # its memory is needed
+            self._steps = DecoderSteps(decoder, encoded, most, graphs=True)
+        return self._steps
 
     def _draft(self, text: str, language: str | None) -> list[int]:
         """What a label would be if a transcript was right; no label is in capitals throughout."""
         return self.grammar.encode_transcript(text.lower() if text.isupper() else text, language)
 
+    @for_any_length
     def _beams(
         self, encoded: torch.Tensor, prefix: list[int], language: str | None, task: str | None
     ) -> list[Decoded]:

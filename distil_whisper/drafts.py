@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from transformers import WhisperForConditionalGeneration
 
+from distil_whisper.attention import for_any_length
 from distil_whisper.greedy import COMPACT_BELOW, DecoderSteps, Found, Rules, Said
 
 AT_ONCE = 4  # tokens of a draft that are read together with the last one said
@@ -33,6 +34,11 @@ class Row:
     place: int = 0
     lost: bool = False
     ended: bool = False
+
+    @property
+    def latest(self) -> int:
+        """The latest timestamp, the token before all of them if there was none."""
+        return max((token for token in self.tokens if token >= self.begin), default=self.begin - 1)
 
     def proposed(self, count: int) -> list[int]:
         """What may come next: the draft from its place on, behind a second timestamp where a segment was closed."""
@@ -65,6 +71,7 @@ class Row:
 
 
 @torch.no_grad()
+@for_any_length
 def drafted_search(
     model: WhisperForConditionalGeneration,
     encoded: torch.Tensor,
@@ -79,7 +86,8 @@ def drafted_search(
     def chosen(hidden: torch.Tensor, said: Said, first: bool = False) -> Iterator[tuple[int, float]]:
         """What is said behind each token [tokens, width], and its log-probability."""
         found = rules.choose(model.proj_out(hidden).float(), said, first)
-        return zip(*(values.tolist() for values in found), strict=True)
+        tokens, logprobs = torch.stack([values.double() for values in found]).tolist()  # both in one copy
+        return zip(map(int, tokens), logprobs, strict=True)
 
     device, width = encoded.device, AT_ONCE
     decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most + width)
@@ -103,25 +111,28 @@ def drafted_search(
         if steps > TRIAL * len(rows) and found < WORTH * steps:
             width = 0
         proposed = [[] if row.ended else row.proposed(min(width, most - len(row.tokens) - 1)) for row in inside]
-        inputs, places, count = _inputs(inside, proposed, rules.end, device)
-        hidden = decode(inputs, places + len(prefix)).flatten(0, 1)[count]
-        said = chosen(hidden, _said(inside, rules.begin, device).along(inputs[:, 1:]).of(count))
+        inputs, places, counting, said = _step(inside, proposed, rules, device)
+        hidden = decode(inputs, places + len(prefix)).flatten(0, 1)[counting]
+        said = chosen(hidden, said.along(inputs[:, 1:]).of(counting))
 
 
-def _inputs(rows: list[Row], proposed: list[list[int]], filler: int, device) -> tuple[torch.Tensor, ...]:
-    """The last token of each row and what is proposed behind it, their places behind the prefix, [batch, length] each,
-    and which of them count [tokens]: those of rows that have not ended, without the fillers."""
+def _step(
+    rows: list[Row], proposed: list[list[int]], rules: Rules, device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Said]:
+    """The last token of each row and what is proposed behind it, their places behind the prefix, [batch, length] each;
+    which of them count [tokens]: those of rows that have not ended, without the fillers; what rows have said."""
     inputs = [[row.tokens[-1], *ours] for row, ours in zip(rows, proposed, strict=True)]
     length = max(map(len, inputs))
     lengths = [0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)]
     counting = [number * length + place for number, given in enumerate(lengths) for place in range(given)]
-    places = torch.tensor([[len(row.tokens) - 1] for row in rows]) + torch.arange(length)
-    inputs = torch.tensor([given + [filler] * (length - len(given)) for given in inputs])
-    return inputs.to(device), places.to(device), torch.tensor(counting, device=device)
-
-
-def _said(rows: list[Row], begin: int, device) -> Said:
-    """What rows have said, which is something."""
-    recent = [[begin, *row.tokens][-2:] for row in rows]
-    latest = [max((token for token in row.tokens if token >= begin), default=begin - 1) for row in rows]
-    return Said(torch.tensor(recent, device=device), torch.tensor(latest, device=device))
+    given = (
+        torch.tensor([given + [rules.end] * (length - len(given)) for given in inputs]),
+        torch.tensor([[len(row.tokens) - 1] for row in rows]) + torch.arange(length),
+        torch.tensor(counting),
+        torch.tensor([[rules.begin, *row.tokens][-2:] for row in rows]),
+        torch.tensor([row.latest for row in rows]),
+    )
+    # to the device in one copy, for each of which a GPU would be waited for
+    sent = torch.cat([values.flatten() for values in given]).to(device).split([values.numel() for values in given])
+    inputs, places, counting, recent, latest = (one.view_as(other) for one, other in zip(sent, given, strict=True))
+    return inputs, places, counting, Said(recent, latest)

@@ -6,11 +6,18 @@ import warnings
 from datetime import timedelta
 
 import torch.distributed
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+)
 
 from distil_whisper.errors import UserError
 from distil_whisper.trackers import project_configuration, resolve_report_to
 
+FIRST_SCALE = 2.0**12  # of float16's gradients; torch's 2**16 loses the first steps, which are skipped until it fits
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -68,7 +75,10 @@ def training_accelerator(args) -> Accelerator:
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # ours are the same on all processes, always
     # accelerate has no other name for it yet
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    accelerator = make_accelerator(args, buffers, mixed_precision=PRECISION[args.dtype])
+    # with a scaler, accelerate puts back the optimizer's step as it was before there was a schedule
+    warnings.filterwarnings("ignore", "Seems like `optimizer.step", UserWarning)
+    scaler = GradScalerKwargs(init_scale=FIRST_SCALE)
+    accelerator = make_accelerator(args, buffers, scaler, mixed_precision=PRECISION[args.dtype])
     check_engine(accelerator)
     if is_sharded(accelerator):
         plugin = accelerator.state.fsdp_plugin

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from transformers import WhisperForConditionalGeneration
 
-from distil_whisper.attention import attend
+from distil_whisper.attention import attend, for_any_length
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
-GRAPH_ROWS = 32  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
+GRAPH_ROWS = 128  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
+ALIGNED = 8  # keys of a masked step come in multiples of it: kernels would else copy the mask
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Rules:
     def __init__(self, generation_config, vocabulary: int, end: int, no_timestamps: int, timestamps: bool, device):
         self.end = end
         self.begin = no_timestamps + 1
+        self.starts = torch.tensor([0, end, self.begin], device=device)  # of words, what is between, timestamps
         self.timestamps = timestamps
         self.last_at_first = getattr(generation_config, "max_initial_timestamp_index", None)
         always = set(generation_config.suppress_tokens or []) | ({no_timestamps} if timestamps else set())
@@ -75,8 +77,7 @@ class Rules:
         for side in (best, total):
             side[:, :2] = side[:, :2].masked_fill(likelier[:, None], -torch.inf)
         value, which = best.max(1)
-        starts = torch.tensor([0, self.end, self.begin], device=logits.device)
-        tokens = torch.stack([found.indices for found, _ in parts], 1) + starts
+        tokens = torch.stack([found.indices for found, _ in parts], 1) + self.starts
         return tokens.gather(1, which[:, None])[:, 0], value - total.logsumexp(1)
 
     def _in_pairs(self, times: torch.Tensor, said: "Said") -> torch.Tensor:
@@ -149,23 +150,29 @@ class DecoderSteps:
     """Whisper's decoder, some tokens at a time: the last hidden states that transformers computes.
 
     Keys and values of `encoded` [batch, positions, width] are computed once; those of the tokens, at most `most`, go
-    into tensors that are allocated once. graphs: with at most GRAPH_ROWS rows, a step of one token is a CUDA graph.
+    into tensors that are allocated once. graphs: a step of one token is a CUDA graph, and all rows stay to the end.
     """
 
     def __init__(self, decoder, encoded: torch.Tensor, most: int, graphs: bool = False):
         self.decoder = decoder
         self.graphs = graphs
         self.graph: Replayed | None = None
-        self.places = torch.arange(most, device=encoded.device)
+        self.shape = (len(encoded), most)
+        self.places = torch.arange(-(-most // ALIGNED) * ALIGNED, device=encoded.device)
         self.length = 0
-        batch = len(encoded)
         self.heard, self.said = [], []
         for layer in decoder.layers:
-            attention = layer.encoder_attn
-            keys, values = attention.k_proj(encoded), attention.v_proj(encoded)
-            self.heard.append(tuple(_heads(states, attention).contiguous() for states in (keys, values)))
-            shape = (batch, attention.num_heads, most, attention.head_dim)
+            keys, values = _heard(layer.encoder_attn, encoded)
+            self.heard.append((keys, values))
+            shape = (*keys.shape[:2], len(self.places), keys.shape[-1])
             self.said.append(tuple(keys.new_zeros(shape) for _ in range(2)))  # of its type, which autocast decides
+
+    def begin(self, encoded: torch.Tensor) -> None:
+        """Begin anew with other encoder states of the same shape, in the same memory."""
+        self.length = 0
+        for layer, places in zip(self.decoder.layers, self.heard, strict=True):
+            for place, states in zip(places, _heard(layer.encoder_attn, encoded), strict=True):
+                place.copy_(states)
 
     def __call__(self, tokens: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [batch, length, width] of tokens [batch, length].
@@ -177,7 +184,7 @@ class DecoderSteps:
             return self._through(tokens, places)
         begin, self.length = self.length, self.length + tokens.shape[1]
         places = self.places[begin : self.length]
-        if not self.graphs or len(tokens) > GRAPH_ROWS or len(places) > 1:
+        if not self.graphs or len(places) > 1:
             return self._through(tokens, places, self.length)
         if self.graph is None:
             self.graph = Replayed(self._through, tokens, places)
@@ -187,8 +194,7 @@ class DecoderSteps:
         """The layers, for tokens at places [length] of all rows or [batch, length]. seen: how many places there are up
         to the last of them; None to mask those behind each token, so that the shapes are the same at every place."""
         decoder, causal, by_row = self.decoder, seen is not None and len(places) > 1, places.ndim == 2
-        mask = self.places <= places[..., None] if seen is None else None
-        mask = mask[:, None] if by_row else mask
+        mask = self._mask(places) if seen is None else None
         positions = decoder.embed_positions.weight
         hidden = decoder.embed_tokens(tokens) + positions[places.clamp(max=len(positions) - 1)]
         for layer, heard, said in zip(decoder.layers, self.heard, self.said, strict=True):
@@ -206,12 +212,23 @@ class DecoderSteps:
             hidden = hidden + layer.fc2(states)
         return decoder.layer_norm(hidden)
 
+    def _mask(self, places: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores of tokens at places [length] or [batch, length]: those behind them count not."""
+        behind = self.places > places[..., None]
+        mask = torch.zeros_like(behind, dtype=self.said[0][0].dtype).masked_fill_(behind, -torch.inf)
+        return mask[:, None] if places.ndim == 2 else mask
+
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone."""
-        self.graph = None
-        self.heard, self.said = (
-            [tuple(states[rows] for states in of_layer) for of_layer in caches] for caches in (self.heard, self.said)
-        )
+        for caches in (self.heard, self.said):
+            for number, of_layer in enumerate(caches):  # layer by layer: the caches of all are most of the memory
+                caches[number] = tuple(states[rows] for states in of_layer)
+
+
+def _heard(attention, encoded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values of encoder states, [batch, heads, positions, width of a head] each."""
+    keys, values = attention.k_proj(encoded), attention.v_proj(encoded)
+    return _heads(keys, attention).contiguous(), _heads(values, attention).contiguous()
 
 
 def _heads(states: torch.Tensor, attention) -> torch.Tensor:
@@ -227,21 +244,17 @@ def _attended(attention, states: torch.Tensor, keys, values, causal: bool = Fals
 
 
 @torch.no_grad()
+@for_any_length
 def greedy_search(
-    model: WhisperForConditionalGeneration,
-    encoded: torch.Tensor,
-    prefix: list[int],
-    rules: Rules,
-    most: int,
-    graphs: bool = False,
+    model: WhisperForConditionalGeneration, decode: DecoderSteps, prefix: list[int], rules: Rules, most: int
 ) -> Found:
-    """Decode encoder states [batch, positions, width] behind a prefix, to the end token or at most `most` tokens."""
-    rows = torch.arange(len(encoded), device=encoded.device)
-    decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most - 1, graphs)
-    inputs = torch.tensor([prefix], device=encoded.device).expand(len(encoded), -1)
-    said = rules.nothing_said(len(encoded))
-    tokens = torch.full((len(encoded), most), rules.end, device=encoded.device)
-    logprobs = torch.zeros(len(encoded), most, device=encoded.device)
+    """Decode behind a prefix, to the end token or at most `most` tokens; decode has room for all but the last."""
+    count, device = decode.shape[0], decode.places.device
+    rows = torch.arange(count, device=device)
+    inputs = torch.tensor([prefix], device=device).expand(count, -1)
+    said = rules.nothing_said(count)
+    tokens = torch.full((count, most), rules.end, device=device)
+    logprobs = torch.zeros(count, most, device=device)
     first_logits = None
     for step in range(most):
         hidden = decode(inputs)
@@ -254,7 +267,7 @@ def greedy_search(
         left = int(running.sum())
         if left == 0:
             break
-        if left < COMPACT_BELOW * len(rows) and decode.graph is None:  # a graph costs the same with any rows in it
+        if left < COMPACT_BELOW * len(rows) and not decode.graphs:
             kept = running.nonzero().flatten()
             rows, inputs, said = rows[kept], inputs[kept], said.of(kept)
             decode.keep(kept)

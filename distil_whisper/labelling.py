@@ -8,6 +8,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper import packing
@@ -107,7 +108,8 @@ def decode_windows(
     order = sorted(range(len(windows)), key=lambda place: (windows[place].told, lengths[place]))
     for told, places in groupby(order, key=lambda place: windows[place].told):
         for batch in batched(places, batch_size):
-            waveforms = stack([windows[place].samples for place in batch], size)
+            samples = [windows[place].samples for place in batch]
+            waveforms = stack(samples, size, pinned=torch.cuda.is_available())
             drafts = {} if texts is None else {"texts": [texts[place] for place in batch]}
             results.update(zip(batch, decoder(waveforms, *told, **drafts), strict=True))
     return [results[place] for place in range(len(windows))]

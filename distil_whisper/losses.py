@@ -51,10 +51,13 @@ def distillation_loss(
     Hidden states are [batch, length, width] (the widths may differ), heads [vocabulary, width], labels
     [batch, length]. Without teacher_hidden there is no KL term. Source: arXiv 2311.00430, section 3.
     """
-    valid = labels != ignored
-    hidden, targets = student_hidden[valid], labels[valid]
-    teacher = None if teacher_hidden is None else (teacher_hidden[valid].detach(), teacher_head.detach())
-    loss, ce, kl = _ChunkedLoss.apply(hidden, student_head, targets, teacher, weights)
+    valid = labels.flatten() != ignored
+    places = valid.nonzero()[:, 0]  # found once: a GPU is waited for
+    hidden, targets = student_hidden.flatten(0, 1)[places], labels.flatten()[places]
+    teacher = None
+    if teacher_hidden is not None:
+        teacher = teacher_hidden.flatten(0, 1)[places].detach(), teacher_head.detach()
+    loss, ce, kl = _ChunkedLoss.apply(hidden, student_head, targets, teacher, weights, torch.is_grad_enabled())
     return LossSums(loss, ce, kl, valid.sum())
 
 
@@ -62,23 +65,24 @@ class _ChunkedLoss(torch.autograd.Function):
     """Forward computes the loss and, while a chunk's logits are there, its gradient; backward only scales it."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, teacher, weights):
+    def forward(ctx, hidden, head, targets, teacher, weights, with_gradient):
         compute_type = (
             torch.get_autocast_dtype(hidden.device.type)
             if torch.is_autocast_enabled(hidden.device.type)
             else hidden.dtype
         )
         with torch.autocast(hidden.device.type, enabled=False):
-            return _forward(ctx, hidden, head, targets, teacher, weights, compute_type)
+            return _forward(ctx, hidden, head, targets, teacher, weights, with_gradient, compute_type)
 
     @staticmethod
     def backward(ctx, scale, _ce, _kl):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_head * scale.to(grad_head.dtype), None, None, None
+        grads = (grad.mul(scale.to(grad.dtype)) for grad in (grad_hidden, grad_head))
+        return *grads, None, None, None, None
 
 
-def _forward(ctx, hidden, head, targets, teacher, weights, compute_type):
-    needs_gradient = any(ctx.needs_input_grad)
+def _forward(ctx, hidden, head, targets, teacher, weights, with_gradient, compute_type):
+    needs_gradient = with_gradient and any(ctx.needs_input_grad)
     head_cast = head.to(compute_type)
     grad_hidden = torch.zeros_like(hidden) if needs_gradient else None
     grad_head = torch.zeros_like(head, dtype=torch.float32) if needs_gradient else None

@@ -21,8 +21,8 @@ class Meter:
         self._start()
 
     def _start(self) -> None:
-        # ce, kl, valid tokens, samples, seconds of audio, places of the label tensors, rows that could not be used
-        self._sums = torch.zeros(7, device=self.accelerator.device, dtype=torch.float64)
+        self._losses = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)  # ce, kl, valid tokens
+        self._counts = [0.0] * 4  # samples, seconds of audio, places of the label tensors, rows that could not be used
         self._norm, self._since = 0.0, time.perf_counter()
 
     def add(self, group: list[Batch], losses: torch.Tensor, norm: float) -> None:
@@ -30,18 +30,20 @@ class Meter:
         samples = sum(len(batch.labels) for batch in group)
         seconds, places = sum(batch.seconds for batch in group), sum(batch.labels.numel() for batch in group)
         counts = [samples, seconds, places, sum(len(batch.problems) for batch in group)]
-        self._sums[:3] += losses
-        self._sums[3:] += torch.tensor(counts, device=self._sums.device, dtype=torch.float64)
+        self._losses += losses
+        self._counts = [one + other for one, other in zip(self._counts, counts, strict=True)]
         self._norm = norm
 
     def sums(self) -> list[float]:
         """What was added up since the last line, over all processes, for a checkpoint. Every process must call it."""
-        return self.accelerator.reduce(self._sums.clone(), "sum").tolist()
+        sums = torch.cat([self._losses, self._losses.new_tensor(self._counts)])
+        return self.accelerator.reduce(sums, "sum").tolist()
 
     def go_on(self, sums: list[float]) -> None:
         """Go on from what a checkpoint holds."""
         if self.accelerator.is_main_process:
-            self._sums += torch.tensor(sums, device=self._sums.device, dtype=torch.float64)
+            self._losses += self._losses.new_tensor(sums[:3])
+            self._counts = [one + other for one, other in zip(self._counts, sums[3:], strict=True)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

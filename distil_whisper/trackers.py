@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import netrc
 import os
 from pathlib import Path
@@ -77,7 +78,8 @@ class Trackers:
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
+            known = {name: None if _is_no_number(value) else value for name, value in values.items()}
+            file.write(json.dumps({"stage": self.stage, "step": step, **known}) + "\n")
         self.accelerator.log(values, step=step)
 
     def log_table(self, name: str, columns: list[str], rows: list[list], step: int) -> None:
@@ -102,6 +104,11 @@ def _keep_lines_until(path: Path, stage: str, step: int | None) -> None:
     lines = [line for line in map(_line, written) if line is not None]
     kept = [line for line in lines if line.get("stage") != stage or (step is not None and line["step"] <= step)]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _is_no_number(value) -> bool:
+    """Whether JSON has no word for a figure, such as the norm of an infinite gradient."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _line(text: str) -> dict | None:

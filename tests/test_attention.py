@@ -44,7 +44,7 @@ def test_products_find_what_the_formula_finds(fused, queries, loud, bound):
     seen = torch.rand(2, 1, queries, 700, generator=torch.Generator().manual_seed(1)) < 0.5
     seen[..., 0] = True
     exact = scaled_dot_product_attention(*(states.float() for states in given), seen, scale=1.0)
-    found = attend(*given, mask=seen)
+    found = attend(*given, mask=torch.zeros(seen.shape, dtype=torch.bfloat16).masked_fill(~seen, -torch.inf))
     assert not fused and (found - exact).norm() / exact.norm() < bound
 
 
@@ -59,7 +59,7 @@ def test_when_the_fused_kernel_is_used(fused, monkeypatch):
     attend(queries, keys, values)
     assert len(fused) == 3
     attend(few, keys, values)
-    attend(few, keys, values, mask=torch.ones(5, 700, dtype=torch.bool).tril())
+    attend(few, keys, values, mask=torch.zeros(5, 700, dtype=torch.bfloat16))
     assert len(fused) == 3
     monkeypatch.setattr(attention, "BFLOAT16", False)
     attend(few, keys, values)

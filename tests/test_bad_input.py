@@ -16,6 +16,7 @@ from distil_whisper.errors import UserError
 from distil_whisper.outputs import OutputFolder
 
 SFT = (*ENGLISH, "--kl_weight", 0)
+FLASH = ("--attn_type", "flash_attn_2", "--dtype")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
         "language for an English-only model": [*label_with, *english, *ENGLISH],
         "no language for a multilingual model": [*label_with, *teacher],
         "no language in training": [*train_with, *two],
-        "flash attention without its package": [*label_with, *teacher, *ENGLISH, "--attn_type", "flash_attn_2"],
+        "flash attention without its package": [*label_with, *teacher, *ENGLISH, *FLASH, "bfloat16"],
+        "flash attention in float32": [*label_with, *teacher, *ENGLISH, *FLASH, "float32"],
         "labels into somebody's folder": [*label_with, *teacher, *ENGLISH, "--output_dir", theirs],
         "a model into somebody's folder": [*train_with, *two, *ENGLISH, "--output_dir", theirs],
         "bad rows": [*label_with[:1], "--dataset_name", bad_rows, *teacher, *ENGLISH, "--max_skipped", 50],
@@ -89,6 +91,10 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
         ("no language in training", "--language is missing: the model is multilingual, and speech0/default"),
         ("flash attention without its package", "--attn_type flash_attn_2 cannot be used because "),
         ("flash attention without its package", "; use --attn_type sdpa"),
+        (
+            "flash attention in float32",
+            "--attn_type flash_attn_2 computes in bfloat16 or float16, and --dtype is float32;",
+        ),
         (
             "labels into somebody's folder",
             "theirs/README.md exists and was not written by this stage; move it away, or",

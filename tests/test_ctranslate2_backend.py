@@ -1,5 +1,7 @@
 """CTranslate2 says what our own search says, and its rows are those of the hand-off dataset."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import write_audio_dataset
 from stages import ENGLISH, SPEAKERS, label, rows_of
@@ -7,6 +9,7 @@ from stages import ENGLISH, SPEAKERS, label, rows_of
 from distil_whisper.audio import stack
 from distil_whisper.ctranslate2_backend import CTranslate2Decoder
 from distil_whisper.decoding import Decoder
+from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper
 
 
@@ -36,6 +39,18 @@ def test_a_label_may_be_as_long_as_the_limit_or_the_positions(teacher, utterance
     found = CTranslate2Decoder(teacher, max_label_length=limit)(waveforms, "en", "transcribe")
     assert [(f.ids, f.truncated) for f in found] == [(e.ids, e.truncated) for e in expected]
     assert {len(f.ids) for f in found} == {limit or teacher.grammar.max_positions - 4}  # four tokens of prefix
+
+
+def test_what_it_lacks_is_said_in_a_sentence(teacher, utterances):
+    def fails(*_, **__):
+        raise RuntimeError("Library libcublas.so.12 is not found or cannot be loaded")
+
+    decoder = CTranslate2Decoder(teacher)
+    decoder.model = SimpleNamespace(encode=fails)
+    with pytest.raises(
+        UserError, match="--backend ctranslate2 cannot be used here: Library libcublas.* --backend torch"
+    ):
+        decoder(stack([utterances[0].samples], teacher.window), "en", "transcribe")
 
 
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path):

@@ -44,8 +44,10 @@ class Searches:
     def __call__(self, texts=None, most=LIMIT):
         """What is found with drafts, or without."""
         self.shapes.clear()
-        given = (self.model, self.encoded, self.prefix, self.rules, most)
-        return greedy_search(*given) if texts is None else drafted_search(*given, texts, self.opening)
+        if texts is None:
+            steps = greedy.DecoderSteps(self.model.model.decoder, self.encoded, len(self.prefix) + most - 1)
+            return greedy_search(self.model, steps, self.prefix, self.rules, most)
+        return drafted_search(self.model, self.encoded, self.prefix, self.rules, most, texts, self.opening)
 
     def words(self, found):
         """The tokens of each row that a draft can have: not the end, and no timestamps where the rules place them."""

@@ -106,7 +106,7 @@ def test_long_form_transcribes_all_of_a_recording(toy_teacher, long_folder, tmp_
 
 
 def test_chunks_are_those_of_the_pipeline(toy_teacher, long_folder):
-    whisper = load_whisper(toy_teacher)
+    whisper = load_whisper(toy_teacher, device="cpu")
     samples = np.random.default_rng(0).standard_normal(9 * 16_000).astype(np.float32)
     ours = Chunked(whisper, 2, 4.0, 1.0, max_label_length=8, return_timestamps=True)([samples], "en", "transcribe")[0]
     pipeline = AutomaticSpeechRecognitionPipeline(
@@ -122,7 +122,7 @@ def test_chunks_are_those_of_the_pipeline(toy_teacher, long_folder):
 
 
 def test_sequential_is_generate_on_the_whole_recording(toy_teacher):
-    whisper = load_whisper(toy_teacher)
+    whisper = load_whisper(toy_teacher, device="cpu")
     samples = np.random.default_rng(0).standard_normal(9 * 16_000).astype(np.float32)
     ours = Sequential(whisper, 1, max_label_length=8)([samples], "en", "transcribe")[0].text
     inputs = whisper.feature_extractor(

@@ -7,7 +7,6 @@ import torch
 from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, train_few, weights
 from transformers.utils import is_flash_attn_2_available
 
-from distil_whisper import greedy
 from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.models import load_whisper
@@ -32,18 +31,17 @@ def on_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("graph_rows", [24, 5])
-def test_tokens(taught, utterances, monkeypatch, graphs, graph_rows):
-    """Also where a step is launched as one CUDA graph, from the start or when few rows are left."""
-    monkeypatch.setattr(greedy, "GRAPH_ROWS", graph_rows)
+def test_tokens(taught, utterances, graphs):
+    """Also where a step is launched as one CUDA graph, which the second batch uses again and the third cannot."""
     cpu, gpu = (load_whisper(str(taught), device=device) for device in ("cpu", "cuda"))
+    decoders = Decoder(cpu, return_timestamps=True), Decoder(gpu, return_timestamps=True, cuda_graphs=graphs)
     waveforms = stack([utterance.samples for utterance in utterances], cpu.window)
-    expected = Decoder(cpu, return_timestamps=True)(waveforms, "en", "transcribe")
-    found = Decoder(gpu, return_timestamps=True, cuda_graphs=graphs)(waveforms, "en", "transcribe")
-    assert [row.ids for row in found] == [row.ids for row in expected]
-    assert [row.avg_logprob for row in found] == pytest.approx([row.avg_logprob for row in expected], abs=1e-3)
-    texts = [utterance.text for utterance in utterances]
-    drafted = Decoder(gpu, return_timestamps=True)(waveforms, "en", "transcribe", texts)
+    for batch in (waveforms[:10], waveforms[10:20], waveforms[20:]):
+        expected, found = (decoder(batch, "en", "transcribe") for decoder in decoders)
+        assert [row.ids for row in found] == [row.ids for row in expected]
+        assert [row.avg_logprob for row in found] == pytest.approx([row.avg_logprob for row in expected], abs=1e-3)
+    texts = [utterance.text for utterance in utterances[20:]]
+    drafted = Decoder(gpu, return_timestamps=True)(batch, "en", "transcribe", texts)
     assert [row.ids for row in drafted] == [row.ids for row in expected]
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from distil_whisper import losses
 from distil_whisper.losses import LossWeights, distillation_loss
@@ -74,6 +75,18 @@ def test_autocast_computes_in_the_compute_type_and_keeps_float32_gradients():
     )
     assert (sums.loss - reference).abs() / reference < 0.02
     assert sums.loss != reference  # the products were rounded to bfloat16
+
+
+def test_no_gradient_is_computed_where_none_is_wanted():
+    """The loss itself takes two products with the vocabulary."""
+    student, head, teacher, teacher_head, labels = make_inputs(teacher_width=16)
+    head.requires_grad_()
+    counted = []
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), FlopCounterMode(display=False) as counter:
+            distillation_loss(student, head, labels, WEIGHTS, teacher, teacher_head)
+        counted.append(counter.get_total_flops())
+    assert counted[0] > counted[1] == 2 * (2 * (labels != -100).sum() * head.numel())
 
 
 def test_without_a_teacher_only_cross_entropy_is_left():

@@ -1,6 +1,8 @@
 """A run that was stopped and started again ends as one that was not: losses, weights and rows, bit for bit."""
 
+import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights
 
@@ -83,6 +86,53 @@ def test_resumed_training_equals_an_unbroken_one(streaming, step, how, forgetful
     assert metrics(broken) == metrics(unbroken)
     assert [line["step"] for line in metrics(broken, "train/loss")] == [1, 2, 3, 4, 5]
     assert same(broken, unbroken) and not same(broken, forgetful)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """Gradients are scaled as for float16 on a GPU, in bfloat16: the scales of the steps."""
+    make, scales = run_distillation.training_accelerator, []
+
+    def scaling(args):
+        accelerator = make(argparse.Namespace(**{**vars(args), "dtype": "bfloat16"}))
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
+        update = accelerator.scaler.update
+
+        def watched():
+            update()
+            scales.append(accelerator.scaler.get_scale())
+
+        accelerator.scaler.update = watched
+        return accelerator
+
+    monkeypatch.setattr(run_distillation, "training_accelerator", scaling)
+    return scales
+
+
+def test_the_scale_of_gradients_is_kept(student, labelled, scaled, tmp_path):
+    flags = [*ENGLISH, "--kl_weight", 0, "--lr_scheduler_type", "constant"]
+    train_few(student, labelled, tmp_path / "unbroken", *flags)
+    expected = list(scaled)
+    scaled.clear()
+    for steps in (3, 4):
+        train_few(student, labelled, tmp_path / "broken", *flags, "--max_steps", steps)
+    assert scaled == expected == [2.0**8, 2.0**9, 2.0**9, 2.0**10]
+
+
+def test_a_step_whose_gradients_overflow_is_left_out(student, labelled, scaled, monkeypatch, tmp_path):
+    """Also of the schedule; an infinite norm is no JSON."""
+    clip = Accelerator.clip_grad_norm_
+
+    def overflowing(self, parameters, most):
+        parameters[0].grad.fill_(torch.inf)
+        return clip(self, parameters, most)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflowing)
+    folder = train_few(student, labelled, tmp_path, *ENGLISH, "--kl_weight", 0, "--max_steps", 2)
+    assert scaled == [2.0**7, 2.0**6] and same(folder, student)
+    for line in metrics(folder, "train/loss"):
+        assert line["train/learning_rate"] == 1e-3 and line["train/grad_norm"] is None
+        assert math.isfinite(line["train/loss"])
 
 
 def test_training_that_was_killed_from_outside(student, labelled, tmp_path):
