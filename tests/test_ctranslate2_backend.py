@@ -48,7 +48,7 @@ def test_what_it_lacks_is_said_in_a_sentence(teacher, utterances):
     decoder = CTranslate2Decoder(teacher)
     decoder.model = SimpleNamespace(encode=fails)
     with pytest.raises(
-        UserError, match="--backend ctranslate2 cannot be used here: Library libcublas.* --backend torch"
+        UserError, match=r"--backend ctranslate2 cannot be used here: Library libcublas.* --backend torch"
     ):
         decoder(stack([utterances[0].samples], teacher.window), "en", "transcribe")
 
