@@ -38,6 +38,7 @@ from distil_whisper.handoff import (
 )
 from distil_whisper.labelling import (
     RUN_BATCHES,
+    RUN_WINDOWS,
     Columns,
     LabellingSettings,
     Tally,
@@ -45,7 +46,7 @@ from distil_whisper.labelling import (
     UnitLabeller,
     label_units,
 )
-from distil_whisper.models import LoadedWhisper, load_whisper
+from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
@@ -194,7 +195,7 @@ def check_search(args: Arguments) -> None:
 
 
 def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:
-    """Raise UserError if a finished shard of a split was labelled with other arguments, with the difference."""
+    """Raise UserError if a finished shard was labelled with other arguments, or of other data, with the difference."""
     names = [f"{source.config}/{source.split}" for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -204,21 +205,31 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
             )
     if not folder.main:
         return
-    now = {name: getattr(args, name) for name in LABEL_ARGUMENTS}
-    earlier = folder.arguments() or {}
+    arguments = {name: getattr(args, name) for name in LABEL_ARGUMENTS}
     for source in sources:
-        was = earlier.get(f"{source.config}/{source.split}")
-        now["dataset"] = source.label
-        differing = [
-            f"{name} was {was[name]} and is {now[name]}" for name in now if was and was.get(name) != now[name]
-        ]
-        if differing:
-            raise UserError(
-                f"{folder.path} holds labels of {source.config}/{source.split} made with other arguments "
-                f"({'; '.join(differing)}); use those, another --output_dir, or --overwrite_output_dir"
-            )
-        earlier[f"{source.config}/{source.split}"] = dict(now)
-    folder.keep_arguments(earlier)
+        keep_or_refuse(folder, source, {**arguments, "dataset": source.label, "shards": len(source.units)})
+        for shard in shards_of(source):
+            was = (read_manifest(folder, shard) or {}).get("contents")
+            if was is not None and was != (now := source.contents(shard.index)):
+                raise UserError(
+                    f"{folder.path} holds labels of other data: {shard.name} was made of {was}, which now is {now}; "
+                    "use the data as it was, another --output_dir, or --overwrite_output_dir"
+                )
+
+
+def keep_or_refuse(folder: OutputFolder, source: Source, now: dict[str, object]) -> None:
+    """Note what the labels of a split are made with. Raises UserError if some were made with something else."""
+    split, earlier = f"{source.config}/{source.split}", folder.arguments() or {}
+    was = earlier.get(split, {})
+    differing = [
+        f"{name} was {was[name]} and is {now[name]}" for name in now if name in was and was[name] != now[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{folder.path} holds labels of {split} made with other arguments ({'; '.join(differing)}); use those, "
+            "another --output_dir, or --overwrite_output_dir"
+        )
+    folder.keep_arguments({**earlier, split: {**was, **now}})
 
 
 def shards_of(source: Source) -> list[ShardFile]:
@@ -281,7 +292,7 @@ def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabel
         args.decode_token_ids,
         args.per_device_eval_batch_size,
         args.dataloader_num_workers,
-        min(RUN_BATCHES, args.logging_steps),
+        min(RUN_BATCHES, max(RUN_WINDOWS // args.per_device_eval_batch_size, 1), args.logging_steps),
         args.draft_from_text,
     )
     return UnitLabeller(job.whisper, job.decoder, columns, settings, job.normalisers, renamed), features
@@ -295,6 +306,10 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
         left = [shard for shard in shards if read_manifest(job.folder, shard) is None]
         job.accelerator.print(f"{source.label}: {len(shards) - len(left)} of {len(shards)} shards are finished")
         missing += [(source, labeller, features, shard) for shard in left]
+    if job.folder.main:
+        digest = weights_digest(job.whisper.model)
+        for source, *_ in labellers:
+            keep_or_refuse(job.folder, source, {"weights of the teacher": digest})
     job.accelerator.wait_for_everyone()  # all count before one writes
     rows = [source.units[shard.index].rows for source, _, _, shard in missing]
     with StopRequest() as stop, Pace(job.turns, None if None in rows else sum(rows)) as pace, ExitStack() as files:
@@ -303,7 +318,8 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
             """The shards that this process takes, as it comes to read them."""
             while (number := job.turns.take()) < len(missing):
                 source, labeller, features, shard = missing[number]
-                file = files.enter_context(ShardInProgress(job.folder, shard, features))
+                contents = source.contents(shard.index)
+                file = files.enter_context(ShardInProgress(job.folder, shard, features, contents))
                 tally = Tally(**file.progress)
                 if tally.rows:
                     tqdm.write(f"{shard.name}: going on behind {tally.rows:,} windows")
@@ -384,14 +400,21 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
 
 
 def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
-    """Make the file of a shard, and push it. Raises UserError if too many of its rows were left out."""
+    """Make the file of a shard, and push it; without one where the unit could not be read to its end.
+
+    Raises UserError if too many of its rows were left out.
+    """
     tally, shard = unit.tally, unit.file.shard
+    unit.finished = True
     pace.add(unit, [])
+    if unit.problem is not None:
+        tqdm.write(f"{shard.name} is left out: {unit.problem}")
+        unit.file.drop()
+        return
     unit.file.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
-    finish_shard(job.folder, shard, facts)
+    finish_shard(job.folder, shard, {**facts, "contents": unit.file.contents})
     unit.file.forget()
-    unit.finished = True
     write_readme(job.folder, card(job, []))
     if job.uploads:
         job.uploads.add(shard.name, "README.md")
@@ -411,15 +434,30 @@ def check_skipped(args: Arguments, read: int, skipped: int, at_least: int = 100)
     """Raise UserError if too many rows cannot be labelled. A few rows say little: they are judged at the end."""
     if read >= at_least and 100 * skipped > args.max_skipped * read:
         raise UserError(
-            f"{skipped} of {read} rows cannot be labelled, more than --max_skipped {args.max_skipped:g} percent; the "
-            f"others are kept in {args.output_dir}, and {SKIPPED_FILE} there says why: mend them, use --long_audio "
-            "split for audio longer than the window, or allow more"
+            f"{skipped} of {read} rows cannot be labelled, more than --max_skipped {args.max_skipped:g} percent; "
+            f"{SKIPPED_FILE} in {args.output_dir} says why: allow more to go on, or mend them (--long_audio split "
+            "takes audio longer than the window) and label anew with --overwrite_output_dir"
+        )
+
+
+def check_unread(folder: OutputFolder, shards: list[ShardFile]) -> None:
+    """Raise UserError if there are shards that could not be read."""
+    unread = [shard.name for shard in shards if read_manifest(folder, shard) is None]
+    if unread:
+        raise UserError(
+            f"{len(unread)} of {len(shards)} shards could not be read, as was said above ({', '.join(unread[:3])}"
+            f"{', ...' if len(unread) > 3 else ''}); the others are finished: mend the files, and start the same "
+            "command again"
         )
 
 
 def card(job: Job, summaries: list[dict]) -> str:
     """The text of the dataset's README.md."""
     args = job.args
+
+    def told(name: str) -> str:
+        return ", ".join(sorted({part for summary in summaries for part in (summary[name] or "").split(", ") if part}))
+
     return hub.dataset_card(
         name=job.repo or str(job.folder.path),
         teacher=args.model_name_or_path,
@@ -427,7 +465,7 @@ def card(job: Job, summaries: list[dict]) -> str:
         arguments=public_arguments(args),
         splits=summaries,
         columns=MEANINGS,
-        facts={"Language": job.language, "Task": job.task},
+        facts={"Language": told("languages") or job.language, "Task": told("tasks") or job.task},
     )
 
 
@@ -559,6 +597,7 @@ def main(argv: list[str] | None = None) -> None:
                 names = ["README.md", *(shard.name for shard in shards)]
                 url = hub.push_folder(folder.path, repo, names, repo_type="dataset", message="Pseudo-labels")
                 print(f"pushed to {url}")
+            check_unread(folder, shards)
         job.turns.wait_at("reported")
         job.trackers.finish()
 

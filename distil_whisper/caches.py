@@ -6,7 +6,6 @@ compute. They are kept as bfloat16 in memory-mapped files that grow to a limit; 
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.nn.functional import pad
 from distil_whisper.distiller import Distiller
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch
+from distil_whisper.models import weights_digest
 
 _BYTES = 2  # of a bfloat16
 
@@ -134,7 +134,7 @@ def open_caches(
         )
     limit = int(limit_gb * 1e9)
     teacher_limit = limit // 10 if encoder else limit  # the teacher's states are some twenty times smaller
-    folder = folder / _teacher_key(distiller)
+    folder = folder / weights_digest(distiller.teacher)  # the states of another one are not those of this one
     config = distiller.teacher.config
 
     def state_file(name: str, bytes_limit: int) -> StateFile:
@@ -170,12 +170,3 @@ def _variant(audio_key: str, decoder_input_ids: torch.Tensor, length: int) -> st
     """The key of one labelling of a recording: timestamps and prompts make several of it."""
     ids = decoder_input_ids[:length].numpy().tobytes()
     return audio_key and hashlib.blake2b(audio_key.encode() + ids, digest_size=12).hexdigest()
-
-
-def _teacher_key(distiller: Distiller) -> str:
-    """A digest of the teacher and its compute type, the same on every device: another one has states of its own."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in distiller.teacher.state_dict().items():
-        checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum}".encode())
-    return digest.hexdigest()

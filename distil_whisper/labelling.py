@@ -24,6 +24,7 @@ from distil_whisper.reading import Source
 from distil_whisper.tokens import compression_ratio, plain_text
 
 RUN_BATCHES = 8  # the windows of so many batches are sorted by what they cost, and then put back in order
+RUN_WINDOWS = 512  # but not of more: up to three runs are in memory
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,18 @@ class LabellingSettings:
 
 @dataclass
 class Tally:
-    """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; the tokens of
-    the last window of each recording."""
+    """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; of the last
+    window of each recording what the teacher was told and its tokens, null where it was truncated."""
 
     rows: int = 0
     seconds: float = 0.0
     read: int = 0
     skipped: list[dict] = field(default_factory=list)
-    previous: dict[str, list[int] | None] = field(default_factory=dict)
+    previous: dict[str, list | None] = field(default_factory=dict)
 
-    def skip(self, row_id: str, reason: str) -> None:
-        """Note a row that cannot be labelled."""
-        self.skipped.append({"row_id": row_id, "reason": reason})
+    def skip(self, reason: str, **row: str | None) -> None:
+        """Note a row that cannot be labelled, and what is known of it."""
+        self.skipped.append({**{name: value for name, value in row.items() if value is not None}, "reason": reason})
 
     def progress(self) -> dict:
         """What it takes to go on behind the windows that are labelled; the rest is found again by reading."""
@@ -148,11 +149,11 @@ class UnitLabeller:
         """The labelled rows of the next run of a unit, which are counted in tally."""
         rows = []
         for window, result in zip(run, results, strict=True):
-            prompt = None if window.after_gap else tally.previous.get(window.recording_id)
-            rows.append(self.row(window, result, prompt))
+            told, said = (None if window.after_gap else tally.previous.get(window.recording_id)) or (None, None)
+            rows.append(self.row(window, result, said if told == list(window.told) else None))
             if self.columns.owner or window.cut:
-                spoken = None if result.truncated else self.decoder.grammar.spoken(result.ids)
-                tally.previous[window.recording_id] = spoken
+                spoken = [list(window.told), self.decoder.grammar.spoken(result.ids)]
+                tally.previous[window.recording_id] = None if result.truncated else spoken
         tally.rows += len(rows)
         tally.seconds += sum(row["duration"] for row in rows)
         return rows
@@ -201,7 +202,8 @@ class UnitLabeller:
             owner = self.columns.owner
             recording = str(row[owner]) if owner and row[owner] is not None else row_id
             if problem is not None:
-                tally.skip(row_id, problem)
+                identity, file = self.columns.id, row[self.columns.audio].get("path")
+                tally.skip(problem, row_id=row_id, id=str(row[identity]) if identity else None, file=file)
                 gaps.add(recording)
                 continue
             yield Utterance(row_id, recording, row, samples, told, recording in gaps)
@@ -325,6 +327,7 @@ class UnitAtWork:
     index: int
     tally: Tally
     most_runs: int | None = None
+    problem: str | None = None  # why the rest of it cannot be read
 
     def runs(self) -> Iterator[list[WindowAudio]]:
         """What is to be decoded of it."""
@@ -339,17 +342,25 @@ def label_units(
 ) -> Iterator[AnyUnit]:
     """Label units in order; yields a unit after each of its runs and at its end.
 
-    write is given a unit and the rows of a run, and None at the unit's end. With workers, reading and writing have
-    threads beside the decoding: of the run that comes next, of the next unit too, and of the run before. Closed
-    early, it waits for what is being written.
+    write is given a unit and the rows of a run, and None at the unit's end, which may be a problem. With workers,
+    reading and writing have threads beside the decoding: of the run that comes next, of the next unit too, and of
+    the run before. Closed early, it waits for what is being written.
     """
 
     def finish(unit: AnyUnit, run: list[WindowAudio] | None, results: list[Decoded]) -> None:
         write(unit, None if run is None else unit.labeller.rows(run, results, unit.tally))
 
-    runs = ((unit, run) for unit in units for run in chain(unit.runs(), [None]))
+    def read() -> Iterator[tuple[AnyUnit, list[WindowAudio] | None]]:
+        for unit in units:
+            try:
+                for run in unit.runs():
+                    yield unit, run
+            except UserError as error:
+                unit.problem = str(error)
+            yield unit, None
+
     with _Behind(workers) as behind:
-        for unit, run in _one_ahead(runs, workers):
+        for unit, run in _one_ahead(read(), workers):
             behind(finish, unit, run, [] if run is None else unit.labeller.decoded(run))
             yield unit
 

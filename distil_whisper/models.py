@@ -1,7 +1,9 @@
 """Whisper checkpoints, loaded for inference with all that decoding needs."""
 
+import hashlib
 import os
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +130,15 @@ def complete_generation_config(model: WhisperForConditionalGeneration, grammar: 
     for name, value in found.items():
         if getattr(generation_config, name, None) is None:
             setattr(generation_config, name, value)
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """A digest of a model's weights in their type, the same on every device."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        checksum = zlib.crc32(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {checksum}".encode())
+    return digest.hexdigest()
 
 
 def write_whisper(path: Path, whisper: LoadedWhisper, weights: dict[str, torch.Tensor] | None = None) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
+from distil_whisper.errors import UserError
 from distil_whisper.handoff import ROWS_PER_GROUP, ShardFile, shard_writer
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, remove, write_text
 
@@ -18,16 +19,22 @@ PARTS = f"{RECORDS}/parts"  # below the output folder
 class ShardInProgress:
     """The rows of one unit as they come, and those that an earlier run kept of it.
 
-    `progress` is what was kept last, {} at first. Leaving the block with an error drops the rows written since then.
+    `progress` is what was kept last, {} at first; what was kept of other contents of the unit is dropped. Leaving the
+    block with an error drops the rows written since then.
     """
 
-    def __init__(self, folder: OutputFolder, shard: ShardFile, features: Features):
+    def __init__(self, folder: OutputFolder, shard: ShardFile, features: Features, contents: str | None = None):
         self.folder = folder
         self.shard = shard
         self.features = features
+        self.contents = contents
         self.path = folder / f"{PARTS}/{shard.stem}"
         state = self.path / "state.json"
-        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"parts": 0, "progress": {}}
+        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"contents": contents}
+        if kept["contents"] != contents:
+            self.forget()
+            kept = {}
+        kept = {"parts": 0, "progress": {}, **kept}
         self.parts: int = kept["parts"]
         self.progress: dict = kept["progress"]
         self._open = contextlib.ExitStack()
@@ -52,7 +59,8 @@ class ShardInProgress:
             self._write = None
             self.parts += 1
         self.progress = progress
-        write_text(self.path / "state.json", json.dumps({"parts": self.parts, "progress": progress}))
+        state = {"contents": self.contents, "parts": self.parts, "progress": progress}
+        write_text(self.path / "state.json", json.dumps(state))
 
     def finish(self, progress: dict) -> None:
         """Join the parts into the shard's file, the same one wherever they end; there is none without rows."""
@@ -70,7 +78,14 @@ class ShardInProgress:
         schema = self.features.arrow_schema
         with atomic_path(path) as beside, pq.ParquetWriter(beside, schema) as writer:
             for group in _regrouped(tables, ROWS_PER_GROUP):
-                writer.write_table(group.cast(schema))
+                writer.write_table(group.cast(schema).combine_chunks())  # pages end where chunks do
+
+    def drop(self) -> None:
+        """Remove all that was written."""
+        with contextlib.suppress(UserError), self._open:
+            raise UserError("what is not finished is removed as after an error")
+        self._write = None
+        self.forget()
 
     def forget(self) -> None:
         """Remove the parts."""

@@ -31,7 +31,11 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.cache.cache import Cache
+from datasets.packaged_modules.parquet.parquet import Parquet
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from httpx2 import HTTPError, TransportError
+from huggingface_hub import HfFileSystem
 
 from distil_whisper.errors import UserError, nearest
 from distil_whisper.manifests import (
@@ -43,6 +47,7 @@ from distil_whisper.manifests import (
 )
 
 _ROWS_AT_ONCE = 16  # rows taken from a file together; each is unpacked on its own, recordings may be long
+_ROWS_OF_PARQUET = 100  # that `datasets` reads at once; by default as many as the first row group has, also if none
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _UNREACHABLE = (ConnectionError, TransportError)
 _UNREADABLE = (DatasetsError, OSError, ValueError, ImportError, RuntimeError, HTTPError)
@@ -50,11 +55,16 @@ _UNREADABLE = (DatasetsError, OSError, ValueError, ImportError, RuntimeError, HT
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a source that is read in order, by one process: an input file, or a run of rows."""
+    """A part of a source that is read in order, by one process: an input file, or a run of rows.
+
+    rows is None where only reading tells; file and size (in bytes) where they are not known.
+    """
 
     index: int
     of: int
-    rows: int | None  # None where only reading tells
+    rows: int | None
+    file: str | None = None
+    size: int | None = None
 
 
 class Source:
@@ -104,7 +114,22 @@ class Source:
                     yield row
                 wanted = (wanted - table.num_rows) % step
         except _UNREADABLE as error:
-            raise UserError(f"unit {unit_index} of {self.label} cannot be read: {_reason(error)}") from error
+            name = self.units[unit_index].file or f"unit {unit_index}"
+            raise UserError(f"{name} of {self.label} cannot be read: {_reason(error)}") from error
+
+    def contents(self, unit_index: int) -> str | None:
+        """What tells whether a unit is the one that it was: its file's name and size, or a digest of its rows without
+        their audio; None where that is not known."""
+        unit = self.units[unit_index]
+        if unit.file is not None:
+            return unit.file if unit.size is None else f"{unit.file}, {unit.size:,} bytes"
+        if not isinstance(self._data, Dataset):
+            return None
+        digest = hashlib.blake2b(digest_size=8)
+        names = [name for name in self.column_names if name != self.audio_column]
+        for table in self._tables(unit_index, names, 0):
+            digest.update(repr(table.to_pylist()).encode())
+        return f"rows {digest.hexdigest()}"
 
     def as_text(self, column: str) -> None:
         """Take a column of numbers (a CSV of spoken digits) as text. Raises UserError for one that cannot be text."""
@@ -160,7 +185,7 @@ def open_source(
     """
     local = _open_local(name, split, audio_column)
     if local is not None:
-        data, lengths, config = _sliced(local, split), None, "default"
+        data, lengths, config, files = _sliced(local, split), None, "default", []
     else:
         builder = _builder(name, config, split, cache_dir)
         config = builder.config.name
@@ -169,11 +194,12 @@ def open_source(
             data, lengths = _stream(builder, split), None
         else:
             data, lengths = _prepared(builder, split, num_proc)
+        files = [] if "[" in split else _files(builder, split)
     if audio_column not in data.features:
         found = nearest(audio_column, data.features)
         raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
     data = _undecoded(data, audio_column)
-    return Source(name, config, split, audio_column, data, _units(data, lengths, rows_per_unit), streaming)
+    return Source(name, config, split, audio_column, data, _units(data, lengths, rows_per_unit, files), streaming)
 
 
 def require_columns(source: Source, **columns: str | None) -> None:
@@ -267,6 +293,8 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
             "--repo-type dataset --local-dir FOLDER) and give the folder"
         )
     _known_split(split, builder.config.data_files or builder.info.splits or [], name)
+    if isinstance(builder, Parquet):
+        builder.config.batch_size = _ROWS_OF_PARQUET
     return builder
 
 
@@ -348,6 +376,19 @@ def _noted_lengths(builder, split: str) -> list[int]:
     return info.original_shard_lengths or [info.num_examples]  # datasets notes nothing for a single file
 
 
+def _files(builder, split: str) -> list[tuple[str, int | None]]:
+    """The names of a split's files and their sizes in bytes, where local files and the Hub tell."""
+    paths = list((builder.config.data_files or {}).get(split, []))
+    sizes: dict[str, int] = {}
+    for folder in {path.rpartition("/")[0] for path in paths}:
+        filesystem, inside = url_to_fs(folder)
+        if isinstance(filesystem, (LocalFileSystem, HfFileSystem)):
+            with contextlib.suppress(OSError, HTTPError):
+                listed = filesystem.ls(inside, detail=True)
+                sizes |= {entry["name"]: entry["size"] for entry in listed if entry["type"] == "file"}
+    return [(path.rpartition("/")[2], sizes.get(url_to_fs(path)[1])) for path in paths]
+
+
 def _undecoded(data: Dataset | IterableDataset, audio_column: str):
     for name, feature in data.features.items():
         if name == audio_column or isinstance(feature, Audio):
@@ -355,12 +396,17 @@ def _undecoded(data: Dataset | IterableDataset, audio_column: str):
     return data
 
 
-def _units(data: Dataset | IterableDataset, lengths: list[int] | None, rows_per_unit: int) -> list[Unit]:
+def _units(
+    data: Dataset | IterableDataset, lengths: list[int] | None, rows_per_unit: int, files: list[tuple[str, int | None]]
+) -> list[Unit]:
     if isinstance(data, IterableDataset):
-        return [Unit(index, data.num_shards, None) for index in range(data.num_shards)]
-    if lengths is None:
+        lengths = [None] * data.num_shards
+    elif lengths is None:
         lengths = [min(rows_per_unit, len(data) - first) for first in range(0, len(data), rows_per_unit)]
-    return [Unit(index, len(lengths), rows) for index, rows in enumerate(lengths)]
+    files = files if len(files) == len(lengths) else [(None, None)] * len(lengths)
+    return [
+        Unit(index, len(lengths), rows, *file) for index, (rows, file) in enumerate(zip(lengths, files, strict=True))
+    ]
 
 
 def _basename(name: str) -> str:

@@ -1,5 +1,6 @@
 """What a labelled split came to, read from its finished shards."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pyarrow.parquet as pq
@@ -18,9 +19,9 @@ def summarise(
     normalisers: Callable[[str | None], Normaliser],
     window_seconds: float,
 ) -> dict:
-    """Rows, hours, how full the windows are on average (in percent), rows read and skipped, and the teacher's WER and
-    CER where there are transcripts."""
-    manifests = [read_manifest(folder, shard) for shard in shards]
+    """Rows, hours, how full the windows are on average (in percent), rows read and skipped, labels without an end,
+    what the teacher was told, and its WER and CER where there are transcripts. Only finished shards count."""
+    manifests = [manifest for shard in shards if (manifest := read_manifest(folder, shard)) is not None]
     rows, seconds, read = (sum(manifest[name] for manifest in manifests) for name in ("rows", "seconds", "read"))
     summary = {
         "split": f"{shards[0].config}/{shards[0].split}",
@@ -30,17 +31,26 @@ def summarise(
         "read": read,
         "skipped": sum(len(manifest["skipped"]) for manifest in manifests),
     }
+    found = Counter()
+    for row in _rows(folder, shards, ["truncated", "language", "task"]):
+        found.update([("truncated", row["truncated"]), ("languages", row["language"]), ("tasks", row["task"])])
+    summary["truncated"] = found["truncated", True]
+    for name in ("languages", "tasks"):
+        summary[name] = ", ".join(sorted(told for kind, told in found if kind == name and told)) or None
     return summary | (_error_rates(folder, shards, text_column, normalisers) if text_column else {})
 
 
 def _error_rates(folder, shards, text_column, normalisers) -> dict:
-    """The teacher's WER and CER over a split, normalised; rows without a transcript and translations do not count."""
+    """The teacher's WER and CER over a split, normalised; rows without words in a transcript and translations do not
+    count."""
     totals = {"wer": [0, 0], "cer": [0, 0]}
     for row in _rows(folder, shards, [text_column, "whisper_transcript", "language", "task"]):
         if row[text_column] is None or row["task"] == "translate":
             continue
         normaliser = normalisers(row["language"])
         texts = normaliser(row[text_column]), normaliser(plain_text(row["whisper_transcript"]))
+        if not texts[0]:
+            continue
         for name, errors in (("wer", word_errors(*texts)), ("cer", character_errors(*texts))):
             _add(totals[name], errors)
     return {name: round(100 * wrong / total, 2) for name, (wrong, total) in totals.items() if total}

@@ -226,6 +226,7 @@ def test_rows_that_cannot_be_labelled_are_listed_and_the_others_are_there(label)
     assert words(labelled) == ["one", "two"]
     assert [found["row_id"] for found in labelled] == ["source/0-0", "source/0-4"]
     reasons = {entry["row_id"]: entry["reason"] for entry in tally.skipped}
+    assert {(entry["id"], entry["file"]) for entry in tally.skipped} == {("id-5", "/home/somebody/clip.wav")}
     assert reasons.keys() == {"source/0-1", "source/0-2", "source/0-3"}
     assert reasons["source/0-1"].startswith("unreadable")
     assert reasons["source/0-2"] == "longer than the window: 5.00 s of audio, the window is 4 s"
@@ -404,6 +405,10 @@ def test_rows_name_their_own_language_and_task(whisper, label):
         "the model has no language 'xx'",
         "the task 'sing' is not one of transcribe, translate",
     ]
+    # what was said before is no prompt where another language or task was told
+    assert prompts(whisper, labelled) == [None] * 4
+    again, _ = label(rows[0], rows[0], rows[1], rows[0], columns=columns)
+    assert prompts(whisper, again) == [None, "one", None, None]
     packed, _ = label(*rows[:4], columns=columns, concatenate=True)
     assert words(packed) == ["one", "two", "three", "four"]
     without, tally = label({**rows[2]}, columns=columns, language=None)

@@ -20,7 +20,11 @@ def folder(tmp_path):
 
 
 def rows(first, last):
-    return [{"row": number, "text": f"text {number}"} for number in range(first, last)]
+    """Some rows are so long that a Parquet page ends among a hundred of them."""
+    return [
+        {"row": number, "text": f"text {number} " + "ab"[number % 2] * (number % 7) * 9_000}
+        for number in range(first, last)
+    ]
 
 
 def write(folder, first, kept_every, last=COUNT, died_at=None):
@@ -50,6 +54,18 @@ def test_the_file_is_the_same_wherever_parts_end_and_the_run_was_killed(folder, 
         write(broken, 150, 70)
         assert (broken / SHARD.name).read_bytes() == expected
         assert not list((broken / ".distil_whisper/parts").rglob("*.parquet"))
+
+
+def test_what_was_kept_of_other_contents_is_dropped(folder):
+    with ShardInProgress(folder, SHARD, FEATURES, "one file") as shard:
+        shard.write(rows(0, 1)[0])
+        shard.keep({"rows": 1})
+    assert ShardInProgress(folder, SHARD, FEATURES, "one file").progress == {"rows": 1}
+    with ShardInProgress(folder, SHARD, FEATURES, "another") as shard:
+        assert shard.progress == {}
+        shard.write(rows(1, 2)[0])
+        shard.drop()
+    assert not list((folder / ".distil_whisper/parts").rglob("*.*"))
 
 
 def test_a_unit_without_rows_has_no_file(folder):

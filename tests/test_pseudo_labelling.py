@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import jiwer
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_audio_dataset
 from datasets import load_dataset
+from safetensors.torch import load_file, save_file
 from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, write_manifest
 
 import run_pseudo_labelling
@@ -70,8 +72,13 @@ def test_splits_are_read_apart_and_figures_are_those_of_jiwer(taught, teacher, s
         wer, cer = round(100 * jiwer.wer(*pair), 2), round(100 * jiwer.cer(*pair), 2)
         hours = round(sum(row["duration"] for row in rows) / 3600, 3)
         assert f"split default/{split}, rows {count}, hours {hours}, mean_fill" in said
-        assert f"read {count}, skipped 0, wer {wer}, cer {cer}" in said
-        assert f"| default/{split} | {count} | {hours} | " in card and f" | {count} | 0 | {wer} | {cer} |" in card
+        cut = sum(row["truncated"] for row in rows)
+        told = f"truncated {cut}, languages en, tasks transcribe"
+        assert f"read {count}, skipped 0, {told}, wer {wer}, cer {cer}" in said
+        assert (
+            f"| default/{split} | {count} | {hours} | " in card
+            and f" | {count} | 0 | {cut} | en | transcribe | {wer} | {cer} |" in card
+        )
         (line,) = metrics(folder, f"default/{split}/wer")
         assert (line[f"default/{split}/wer"], line[f"default/{split}/cer"]) == (wer, cer)
     total = sum(row["errors"] for row in rows) / sum(row["reference_words"] for row in rows)
@@ -127,7 +134,7 @@ def test_long_audio_is_skipped_and_listed_or_split(taught, utterances, tmp_path,
     folder = label(taught, data, tmp_path / "skip", *ENGLISH, "--max_skipped", 40)
     (entry,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert entry["row_id"] == "speech/default/train/00000-00000001"
-    assert f"the window is {WINDOW_S} s" in entry["reason"]
+    assert f"the window is {WINDOW_S} s" in entry["reason"] and entry["file"] == "long.wav"
     assert [row["id"] for row in rows_of(folder)] == [utterances[1].id, utterances[2].id]
     assert "skipped 1" in capsys.readouterr().out
 
@@ -149,6 +156,64 @@ def test_finished_labels_are_used_again_but_not_with_other_arguments(taught, spe
     label(taught, speech_folder, tmp_path, *ENGLISH, "--return_timestamps", "--overwrite_output_dir")
     assert all("<|0.00|>" in row["whisper_transcript"] for row in rows_of(tmp_path))
     assert (tmp_path / "mine.txt").exists() and not (tmp_path / "default/test-00000-of-00001.parquet").exists()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_other_data_are_refused(taught, utterances, tmp_path, streaming):
+    """Another file more, another file, and another dataset of the same name."""
+    data, flags = tmp_path / "one/speech", [*ENGLISH, "--streaming", streaming]
+    write_audio_dataset(data, utterances[:6], files=2)
+    folder = label(taught, data, tmp_path / "out", *flags)
+    other = write_audio_dataset(tmp_path / "two/speech", utterances[6:12], files=2)
+    with pytest.raises(
+        UserError, match=r"holds labels of other data: default/train-00000-of-00002.parquet was made of "
+    ):
+        label(taught, other, tmp_path / "out", *flags)
+    kept = label(taught, data, tmp_path / "out", *flags)
+    shutil.rmtree(data)
+    write_audio_dataset(data, utterances[:9], files=3)
+    with pytest.raises(UserError, match=r"made with other arguments \(shards was 2 and is 3\)"):
+        label(taught, data, tmp_path / "out", *flags)
+    assert len(rows_of(kept)) == 6
+    assert len(rows_of(label(taught, data, folder, *flags, "--overwrite_output_dir"))) == 9
+
+
+def test_labels_of_other_rows_or_of_another_teacher_are_refused(taught, utterances, tmp_path):
+    teacher = shutil.copytree(taught, tmp_path / "teacher")
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:3])
+    label(teacher, manifest, tmp_path / "out", *ENGLISH)
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:4])
+    with pytest.raises(
+        UserError, match=r"holds labels of other data: default/train-00000-of-00001.parquet was made of rows"
+    ):
+        label(teacher, manifest, tmp_path / "out", *ENGLISH)
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:3])
+    weights = load_file(teacher / "model.safetensors")
+    weights["model.decoder.layer_norm.bias"] += 1e-3
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"other arguments \(weights of the teacher was \w+ and is \w+\)"):
+        label(teacher, manifest, tmp_path / "out", *ENGLISH)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_cannot_be_read_stops_no_other(taught, utterances, tmp_path, capsys, workers):
+    """Mended, it alone is labelled."""
+    data = write_audio_dataset(tmp_path / "speech", utterances[:12], files=4)
+    flags = [*ENGLISH, "--streaming", "--dataloader_num_workers", workers, "--per_device_eval_batch_size", 1]
+    expected = rows_of(label(taught, data, tmp_path / "whole", *flags))
+    file = data / "data/train-00001-of-00004.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(
+        UserError, match=r"1 of 4 shards could not be read, .*-00001-of-00004.parquet\); the others are"
+    ):
+        label(taught, data, tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    assert "default/train-00001-of-00004.parquet is left out: train-00001-of-00004.parquet of speech/default" in said
+    assert rows_of(tmp_path / "out") == [row for row in expected if row["id"] not in {u.id for u in utterances[3:6]}]
+    file.write_bytes(whole)
+    assert rows_of(label(taught, data, tmp_path / "out", *flags)) == expected
+    assert "speech/default/train: 3 of 4 shards are finished" in capsys.readouterr().out
 
 
 def test_a_language_decides_the_normaliser_of_the_figures(taught, speech_folder, tmp_path):

@@ -93,14 +93,35 @@ def test_units_rows_and_ids_do_not_depend_on_streaming(make, tmp_path, spoken, o
 
 def test_a_unit_is_an_input_file(tmp_path, spoken, open_source):
     path = str(make_parquet(tmp_path, spoken))
-    assert open_source(path).units == [Unit(0, 3, 5), Unit(1, 3, 2), Unit(2, 3, 4)]
-    streamed = open_source(path, streaming=True)
-    assert streamed.units == [Unit(0, 3, None), Unit(1, 3, None), Unit(2, 3, None)]
+    streamed, prepared = (open_source(path, streaming=streaming) for streaming in (True, False))
+    files = [(file.name, file.stat().st_size) for file in sorted(Path(path).rglob("*.parquet"))]
+    assert prepared.units == [Unit(0, 3, 5, *files[0]), Unit(1, 3, 2, *files[1]), Unit(2, 3, 4, *files[2])]
+    assert streamed.units == [Unit(n, 3, None, *file) for n, file in enumerate(files)]
+    assert streamed.contents(1) == prepared.contents(1) == f"{files[1][0]}, {files[1][1]:,} bytes"
     assert streamed.num_rows is None
     assert [len(list(streamed.rows(index))) for index in range(3)] == COUNTS
     path = str(write_parquet(tmp_path / "one", as_dataset(spoken).data.table, counts=[11]))
-    assert open_source(path).units == [Unit(0, 1, 11)]
-    assert open_source(path, streaming=True).units == [Unit(0, 1, None)]
+    assert [unit.rows for unit in open_source(path).units] == [11]
+    assert [unit.rows for unit in open_source(path, streaming=True).units] == [None]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_may_have_no_rows(tmp_path, spoken, open_source, streaming):
+    path = str(write_parquet(tmp_path / "speech", as_dataset(spoken).data.table, counts=[5, 0, 6]))
+    source = open_source(path, streaming=streaming)
+    assert [len(list(source.rows(unit.index))) for unit in source.units] == [5, 0, 6]
+
+
+def test_the_contents_of_rows_are_all_but_their_audio(tmp_path, spoken, open_source):
+    found = []
+    for number, (text, count) in enumerate([("one", 4), ("one", 4), ("two", 4), ("one", 5)]):
+        folder = tmp_path / str(number)
+        names = write_clips(folder, spoken)[:count]
+        rows = [{"audio": name, "sentence": text} for name in names]
+        (folder / "train.json").write_text(json.dumps(rows))
+        source = open_source(str(folder / "train.json"), rows_per_unit=4)
+        found.append([source.contents(unit.index) for unit in source.units])
+    assert found[0] == found[1] != found[2] and found[3][0] == found[0][0] != found[3][1]
 
 
 def test_locate_finds_the_row_of_the_whole_dataset(tmp_path, spoken, open_source):
@@ -182,7 +203,7 @@ def test_streaming_reads_a_file_when_its_rows_are_asked_for(tmp_path, spoken, op
     broken.write_bytes(broken.read_bytes()[:-100])
     streamed = open_source(str(path), streaming=True)
     assert [row["n"] for unit in (0, 1) for row in streamed.rows(unit)] == list(range(7))
-    with pytest.raises(UserError, match="unit 2 of speech/default/train cannot be read: "):
+    with pytest.raises(UserError, match=r"train-00002-of-00003.parquet of speech/default/train cannot be read: "):
         next(streamed.rows(2))
     with pytest.raises(UserError, match=r"speech cannot be read: .*[Pp]arquet"):
         open_source(str(path))
