@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch.nn.functional import pad
+from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper.audio import AudioError, Window, decode, stack
 from distil_whisper.augmentation import WaveformAugment, at_speed
@@ -30,7 +31,7 @@ class LabelColumns:
     """Where the labels of one dataset stand. pseudo: take `whisper_transcript`, else the text column.
 
     language and task hold for every row; where they are None the row's own columns do, and then the defaults. All four
-    are None for an English-only model.
+    are None for an English-only model. told: each row says itself what its teacher was told, which goes first.
     """
 
     text: str | None
@@ -41,6 +42,7 @@ class LabelColumns:
     default_task: str | None = None
     language_column: str = "language"
     task_column: str = "task"
+    told: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,32 @@ class Labeller:
         return self.grammar.encode_pseudo_label(row["whisper_transcript"] or "")
 
     def language(self, row: dict, columns: LabelColumns) -> str | None:
-        """The language of a row: that of the run, else its own, else the default; None for an English-only model."""
+        """The language of a row: that of the run, else its own, else the default; None for an English-only model.
+
+        Raises UserError for one that the model has not.
+        """
         if not self.grammar.multilingual:
             return None
         own = row.get(columns.language_column)
-        return columns.language or (self.grammar.language_code(own) if own else columns.default_language)
+        found = (columns.told and own) or columns.language or own
+        return self.grammar.language_code(found) if found else columns.default_language
 
     def task(self, row: dict, columns: LabelColumns) -> str | None:
         """The task of a row, found as the language is."""
-        return columns.task or row.get(columns.task_column) or columns.default_task
+        own = row.get(columns.task_column)
+        return (columns.told and own) or columns.task or own or columns.default_task
+
+    def untold(self, row: dict, columns: LabelColumns) -> str | None:
+        """Why nobody can say what the model is to be told of a row, None where that is known."""
+        if not self.grammar.multilingual:
+            return None
+        try:
+            language = self.language(row, columns)
+        except UserError:
+            return f"a language in column {columns.language_column} that the model has not"
+        if language is None:
+            return f"no language in column {columns.language_column}"
+        return None if self.task(row, columns) in TASK_IDS else f"no task of Whisper's in column {columns.task_column}"
 
     def sequence(
         self, row: dict, columns: LabelColumns, row_id: str, epoch: int, speed: float = 1.0

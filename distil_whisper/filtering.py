@@ -18,6 +18,7 @@ from distil_whisper.tokens import compression_ratio, plain_text
 
 KEPT = "kept"
 CUT = "kept without the utterances above --wer_threshold"
+MISMATCH = "another language than the teacher was told"
 ROWS_PER_TASK = 5_000
 
 
@@ -77,12 +78,16 @@ class RowFilter:
         self.settings = settings
 
     def __call__(self, row: dict) -> str:
-        """KEPT, CUT, or the reason in words that the table shows. Raises UserError for a label that cannot be read."""
+        """How it is kept (see is_kept), or the reason in words that the table shows. Raises UserError for a label that
+        cannot be read."""
         settings = self.settings
         if (row.get("duration") or 0.0) > settings.window_seconds:
             return "audio longer than the window"
         if self.columns.pseudo and settings.drop_truncated and row.get("truncated"):
             return "pseudo-label truncated"
+        untold = self.labeller.untold(row, self.columns)
+        if untold is not None:
+            return untold
         target = self.labeller.target(row, self.columns)
         words = self.labeller.grammar.without_timestamps(target).ids
         if not words and settings.drop_empty:
@@ -91,7 +96,8 @@ class RowFilter:
             return "label longer than --max_label_length"
         if self.labeller.frame(row, self.columns, target) is None:
             return "label longer than the decoder's positions"
-        return (self.columns.pseudo and (self.doubt(row) or self.disagreement(row))) or KEPT
+        against = self.columns.pseudo and (self.doubt(row) or self.disagreement(row) or self.unchecked(row))
+        return against or KEPT
 
     def trimmed(self, row: dict) -> dict:
         """A row that is kept, without the utterances that are to be cut out of it."""
@@ -108,8 +114,35 @@ class RowFilter:
                 return f"{figure} {side} --{name}"
         detected, told = row.get("detected_language"), row.get("language")
         if settings.drop_language_mismatch and detected is not None and detected != told:
-            return "another language than the teacher was told"
+            return MISMATCH
         return None
+
+    def limits(self) -> list[str]:
+        """The reasons that the limits which were given have."""
+        settings = self.settings
+        names = [name for name in LIMITS if getattr(settings, name) is not None]
+        given = [f"{' '.join(LIMITS[name])} --{name}" for name in names]
+        given += [MISMATCH] if settings.drop_language_mismatch else []
+        return given + ([self._above] if settings.wer_threshold is not None else [])
+
+    def unchecked(self, row: dict) -> str | None:
+        """That a row is kept although a limit was given on a figure that it lacks, None if there is no such limit."""
+        settings = self.settings
+        figures = dict.fromkeys(figure for name, (figure, _) in LIMITS.items() if getattr(settings, name) is not None)
+        lacking = [figure for figure in figures if self.figure(row, figure) is None]
+        if settings.drop_language_mismatch and row.get("detected_language") is None:
+            lacking.append("detected_language")
+        if settings.wer_threshold is not None and not self.error_rates(row):
+            lacking.append(self._rate)
+        return f"{KEPT} unchecked: no {', '.join(lacking)}" if lacking else None
+
+    @property
+    def _rate(self) -> str:
+        return "CER" if self.settings.by_characters else "WER"
+
+    @property
+    def _above(self) -> str:
+        return f"{self._rate} above --wer_threshold"
 
     def figure(self, row: dict, name: str) -> float | None:
         """One of the figures that limits are for; None where the row does not tell."""
@@ -129,7 +162,7 @@ class RowFilter:
             return None
         if self._without_bad_utterances(row) is not None:
             return CUT
-        return f"{'CER' if self.settings.by_characters else 'WER'} above --wer_threshold"
+        return self._above
 
     def error_rates(self, row: dict) -> list[float]:
         """WER (or CER) of the pseudo-label in percent, of each utterance of a packed window. Empty without a
@@ -188,7 +221,7 @@ def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray
 
 def is_kept(reason: str) -> bool:
     """Whether a RowFilter's answer lets a row be trained on."""
-    return reason in (KEPT, CUT)
+    return reason.startswith(KEPT)
 
 
 def counted(reasons: Counter) -> str:
@@ -201,7 +234,8 @@ def table(counts: Iterable[tuple[str, Counter]]) -> str:
     lines = []
     for name, counter in counts:
         total = sum(counter.values())
-        lines.append(f"{name}: {counter[KEPT] + counter[CUT]} of {total} rows kept")
+        kept = sum(count for reason, count in counter.items() if is_kept(reason))
+        lines.append(f"{name}: {kept} of {total} rows kept")
         lines += [f"  {count:>8}  {reason}" for reason, count in counter.most_common() if reason != KEPT]
     return "\n".join(lines)
 

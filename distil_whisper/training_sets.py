@@ -1,6 +1,7 @@
 """The datasets of a training run: where their labels stand, and which of their rows are used."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
@@ -30,8 +31,8 @@ PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
 
 
 def language_columns(args, student: LoadedWhisper, source: Source) -> LabelColumns:
-    """What decides a row's language and task: the flags, then the row, then the first row of its dataset, then the
-    student's generation config."""
+    """What decides a row's language and task: what its teacher was told, if the dataset is one that we labelled; then
+    the flags, the row's own columns, the first row of its dataset, the student's generation config."""
     grammar, names = student.grammar, (args.language_column_name, args.task_column_name)
     require_columns(
         source,
@@ -44,13 +45,15 @@ def language_columns(args, student: LoadedWhisper, source: Source) -> LabelColum
         *(first.get(name) for name in names), grammar, student.model.generation_config
     )
     task = task if args.task else None
-    return LabelColumns(None, False, language, task, default_language, default_task, *names)
+    told = "tokenizer_fingerprint" in source.column_names
+    return LabelColumns(None, False, language, task, default_language, default_task, *names, told)
 
 
 def transcript_normaliser(args, student: LoadedWhisper, columns: LabelColumns) -> Normaliser:
     """The normaliser of a dataset's transcripts, by its language; translations are English."""
     translated = (columns.task or columns.default_task) == "translate"
-    language = "en" if translated else columns.language or columns.default_language
+    language = (columns.told and columns.default_language) or columns.language or columns.default_language
+    language = "en" if translated else language
     return normaliser(args.normalizer, language, student.tokenizer)
 
 
@@ -59,7 +62,7 @@ def filter_settings(args, student: LoadedWhisper, labelled: list[Source]) -> Fil
     limits = {name: getattr(args, name) for name in [*LIMITS, "drop_language_mismatch"]}
     for source in labelled:
         for name, column in NEEDED_COLUMNS.items():
-            if limits[name] not in (None, False) and column not in source.column_names:
+            if is_given(limits[name]) and column not in source.column_names:
                 raise UserError(
                     f"--{name} needs the column {column}, which {source.label} lacks; label it with "
                     "run_pseudo_labelling.py, or leave the limit out"
@@ -102,6 +105,9 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
             )
         columns = replace(language_columns(args, student, source), text=text, pseudo=pseudo)
         require_language(student, source, columns)
+        if args.language_column_name in source.column_names:  # a row that names none is not trained on by guess
+            guess, _ = language_and_task(None, None, student.grammar, student.model.generation_config)
+            columns = replace(columns, default_language=guess)
         result.append(columns)
     return result
 
@@ -115,8 +121,7 @@ def open_training_sets(
     normalisers, labels_of = Normalisers(args.normalizer, student.tokenizer), label_columns(args, student, sources)
     labelled = [source for source, columns in zip(sources, labels_of, strict=True) if columns.pseudo]
     settings = filter_settings(args, student, labelled)
-    if args.wer_threshold is not None and not labelled:
-        say("--wer_threshold changes nothing: none of the datasets is trained on pseudo-labels")
+    say_what_changes_nothing(args, sources, labels_of, say)
     sets, counts = [], []
     for source, columns in zip(sources, labels_of, strict=True):
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
@@ -127,12 +132,33 @@ def open_training_sets(
             rows = source.dataset.remove_columns(args.audio_column_name)
             rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
             sets[-1].kept, reasons = keep_rows(rows, row_filter, args.preprocessing_num_workers)
-            counts.append((source.label, reasons))
+            unused = dict.fromkeys(row_filter.limits() if columns.pseudo else (), 0)
+            counts.append((source.label, Counter(unused | reasons)))
             if not len(sets[-1].kept):
                 raise UserError(f"no row of {source.label} is left to train on ({counted(reasons)})")
     if counts:
         say(table(counts))
     return sets
+
+
+def is_given(limit: float | bool | None) -> bool:
+    """Whether a limit is one; 0 is."""
+    return limit is not None and limit is not False
+
+
+def say_what_changes_nothing(args, sources: list[Source], columns: list[LabelColumns], say) -> None:
+    """Name the flags that decide nothing of these datasets."""
+    if not any(of_source.pseudo for of_source in columns):
+        for name in ("wer_threshold", *LIMITS, "drop_language_mismatch"):
+            if is_given(getattr(args, name)):
+                say(f"--{name} changes nothing: none of the datasets is trained on pseudo-labels")
+    if args.filter_metric != "wer" and args.wer_threshold is None:
+        say(f"--filter_metric {args.filter_metric} changes nothing without --wer_threshold")
+    name = args.language_column_name
+    for source, of_source in zip(sources, columns, strict=True):
+        own = first_row(source, name).get(name) if of_source.told else None
+        if own and of_source.language not in (None, own):
+            say(f"{source.label} names the language of its labels ({own}); --language {args.language} is for others")
 
 
 def open_validation_sets(args, student: LoadedWhisper) -> list[ValidationSet]:

@@ -10,7 +10,7 @@ import pytest
 import toy_whisper
 from conftest import WORDS, launch, write_audio_dataset
 from datasets import load_dataset
-from stages import ENGLISH, label, metrics, rows_of, run, train_few
+from stages import ENGLISH, label, metrics, rows_of, run, train_few, write_manifest
 
 from distil_whisper.errors import UserError
 from distil_whisper.outputs import OutputFolder
@@ -102,7 +102,7 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
         ("a model into somebody's folder", "theirs/README.md exists and was not written by this stage"),
         (
             "too many bad rows",
-            "2 of 6 rows cannot be labelled, more than --max_skipped 5 percent; the others are",
+            "2 of 6 rows cannot be labelled, more than --max_skipped 5 percent; skipped.jsonl in",
         ),
     ],
 )
@@ -151,10 +151,33 @@ def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows
 
 
 def test_a_filter_that_has_nothing_to_filter_is_said(student, speech_folder, tmp_path, capsys):
-    train_few(student, speech_folder, tmp_path, *SFT, "--wer_threshold", 10, "--max_steps", 1)
-    assert (
-        "--wer_threshold changes nothing: none of the datasets is trained on pseudo-labels" in capsys.readouterr().out
-    )
+    limits = ["--wer_threshold", 10, "--min_avg_logprob", 0, "--drop_language_mismatch"]
+    train_few(student, speech_folder, tmp_path, *SFT, *limits, "--max_steps", 1)
+    said = capsys.readouterr().out
+    for flag in ("wer_threshold", "min_avg_logprob", "drop_language_mismatch"):
+        assert f"--{flag} changes nothing: none of the datasets is trained on pseudo-labels" in said
+
+
+def test_the_table_has_a_line_for_each_limit_and_for_what_it_cannot_see(student, labelled, tmp_path, capsys):
+    limits = ["--max_compression_ratio", 90, "--drop_language_mismatch", "--filter_metric", "cer"]
+    train_few(student, labelled, tmp_path, "--language", "de", "--kl_weight", 0, *limits, "--max_steps", 1)
+    said = capsys.readouterr().out
+    assert "         0  compression_ratio above --max_compression_ratio" in said
+    assert "--filter_metric cer changes nothing without --wer_threshold" in said
+    assert "labelled/default/train names the language of its labels (en); --language de is for others" in said
+
+
+def test_transcripts_whose_language_nobody_knows_are_left_out(student, utterances, tmp_path, capsys):
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:6])
+    rows = json.loads(manifest.read_text())
+    for row, language in zip(rows, ["en", "de", None, "", "xx", "en"], strict=True):
+        row["language"] = language
+    manifest.write_text(json.dumps(rows))
+    flags = ["--kl_weight", 0, "--text_column_name", "sentence", "--max_steps", 1]
+    train_few(student, manifest, tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    assert "3 of 6 rows kept" in said and "2  no language in column language" in said
+    assert "1  a language in column language that the model has not" in said
 
 
 def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path):

@@ -1,6 +1,7 @@
 """From rows to token sequences, examples and batches."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,10 @@ def test_sequences_of_rows(grammar, columns, settings, values, expected):
 def test_language_and_task_are_the_flag_then_the_row_then_the_default(grammar, run, own, default, found):
     columns = LabelColumns("text", True, *run, *default)
     row = row_of(grammar, language=own[0], task=own[1])
+    assert whole(Labeller(grammar, NEVER).sequence(row, columns, "row", 0))[1:3] == ids(grammar, found)
+    columns = replace(columns, told=True)  # what the row's teacher was told comes before the flag
+    language = {"German": "de"}.get(own[0], own[0]) or run[0] or default[0]
+    found = f"<|{language}|><|{own[1] or run[1] or default[1]}|>"
     assert whole(Labeller(grammar, NEVER).sequence(row, columns, "row", 0))[1:3] == ids(grammar, found)
 
 

@@ -20,6 +20,7 @@ from distil_whisper.tokens import Grammar
 PSEUDO = LabelColumns("text", True, "hi", "transcribe")
 TRANSCRIPTS = LabelColumns("text", False, "hi", "transcribe")
 HINDI, VOWELS_WRONG = "मैं हिन्दी बोलता हूँ", "मो हीन्दि बोलता हा"
+UNCHECKED = "kept unchecked: no WER"
 ABOVE, LOOPS = "WER above --wer_threshold", "compression_ratio above --max_compression_ratio"
 
 
@@ -72,9 +73,32 @@ def row_of(transcript=" one two", text="one two", **values):
         (ABOVE, PSEUDO, {"wer_threshold": 49.9}, row_of(" one six")),
         (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of("<|0.00|> One, two!<|1.00|>")),
         (KEPT, TRANSCRIPTS, {"wer_threshold": 0.0}, row_of(" six")),
-        (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", task="translate")),
-        (KEPT, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", text=None)),
-        (KEPT, LabelColumns(None, True, "hi", "transcribe"), {"wer_threshold": 0.0}, row_of(" six")),
+        (UNCHECKED, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", task="translate")),
+        (UNCHECKED, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", text=None)),
+        (UNCHECKED, LabelColumns(None, True, "hi", "transcribe"), {"wer_threshold": 0.0}, row_of(" six")),
+        (
+            "kept unchecked: no avg_logprob, chars_per_second, detected_language, CER",
+            PSEUDO,
+            {
+                "wer_threshold": 0.0,
+                "by_characters": True,
+                "min_avg_logprob": -1.0,
+                "min_chars_per_second": 1.0,
+                "max_chars_per_second": 9.0,
+                "max_compression_ratio": 9.0,
+                "drop_language_mismatch": True,
+            },
+            row_of(text=None, avg_logprob=None),
+        ),
+        ("no language in column language", LabelColumns("text", False), {}, row_of(language="")),
+        ("no language in column lang", LabelColumns("text", True, language_column="lang"), {}, row_of(lang=None)),
+        (
+            "a language in column language that the model has not",
+            LabelColumns("text", False),
+            {},
+            row_of(language="xx"),
+        ),
+        ("no task of Whisper's in column task", LabelColumns("text", False, "hi"), {}, row_of(task="sing")),
         (ABOVE, PSEUDO, {"wer_threshold": 90.0}, row_of(" six", text="")),
         ("CER above --wer_threshold", PSEUDO, {"wer_threshold": 10.0, "by_characters": True}, row_of(" one six")),
         (KEPT, PSEUDO, {"wer_threshold": 34.0, "by_characters": True}, row_of(" one tvo", wer=50.0)),
@@ -125,7 +149,7 @@ def test_a_packed_window_is_as_bad_as_its_worst_utterance(make_filter):
     assert make_filter(wer_threshold=40.0)(row) == ABOVE  # a third of the window's words, but one utterance is lost
     assert make_filter(wer_threshold=40.0)({**row, "utterance_texts": None}) == KEPT
     assert make_filter().error_rates(row) == [0.0, 100.0]
-    assert make_filter(wer_threshold=0.0)({**row, "utterance_texts": [parts[0], None]}) == KEPT
+    assert make_filter(wer_threshold=0.0)({**row, "utterance_texts": [parts[0], None]}) == UNCHECKED
 
 
 @pytest.mark.parametrize("name, reason", [("basic_keep_marks", ABOVE), ("basic", KEPT)])
@@ -235,6 +259,7 @@ def test_a_bad_utterance_is_cut_out_and_counted_apart(make_filter):
     fine = {**row, "whisper_transcript": " one two three four nine nine"}
     assert cut(fine) == KEPT and cut.trimmed(fine) is fine
     assert table([("a", Counter({KEPT: 1, CUT: 2, ABOVE: 3}))]).startswith("a: 3 of 6 rows kept")
+    assert table([("a", Counter({KEPT: 1, UNCHECKED: 2, ABOVE: 3}))]).startswith("a: 3 of 6 rows kept")
 
 
 def test_a_row_that_cannot_be_read_is_named(make_filter):
