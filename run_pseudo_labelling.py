@@ -50,7 +50,7 @@ from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
-from distil_whisper.plan import estimate
+from distil_whisper.plan import estimate, total
 from distil_whisper.progress import bar, quiet_libraries, shown
 from distil_whisper.reading import Source
 from distil_whisper.signals import StopRequest
@@ -194,8 +194,8 @@ def check_search(args: Arguments) -> None:
         raise UserError("--draft_from_text is for --task transcribe: a transcript is no draft of a translation")
 
 
-def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:
-    """Raise UserError if a finished shard was labelled with other arguments, or of other data, with the difference."""
+def check_names(sources: list[Source]) -> None:
+    """Raise UserError for datasets whose files would have the same names."""
     names = [f"{source.config}/{source.split}" for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -203,6 +203,10 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
                 f"--dataset_name lists {names.count(name)} datasets with the same {name}, whose files would have the "
                 "same names; label them into one --output_dir each"
             )
+
+
+def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:
+    """Raise UserError if a finished shard was labelled with other arguments, or of other data, with the difference."""
     if not folder.main:
         return
     arguments = {name: getattr(args, name) for name in LABEL_ARGUMENTS}
@@ -537,8 +541,8 @@ def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source],
         return
     job = begin(args, accelerator, None)
     loaded = time.time() - psutil.Process().create_time()
-    for source, roles in zip(sources, columns, strict=True):
-        plan = estimate(source, *make_labeller(job, source, roles))
+    plans = [estimate(s, *make_labeller(job, s, roles)) for s, roles in zip(sources, columns, strict=True)]
+    for plan in [*plans, total(plans)] if len(plans) > 1 else plans:
         print("\n".join(plan.lines(accelerator.num_processes, loaded)))
 
 
@@ -579,6 +583,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args)
     sources = open_sources(args)
     columns = columns_for(args, sources)
+    check_names(sources)
     if args.dry_run:
         print_plan(args, accelerator, sources, columns)
         return

@@ -178,7 +178,10 @@ def _opened(audio: Audio) -> Iterator[soundfile.SoundFile]:
 
 
 def _unreadable(error: soundfile.LibsndfileError) -> AudioError:
-    return AudioError(f"unreadable: {error.error_string.strip().rstrip('.')}")
+    reason = error.error_string.strip().rstrip(".")
+    if "does not exist" in reason:  # what libsndfile says of a short MP3, too
+        reason = "no file of a known format"
+    return AudioError(f"unreadable: {reason}")
 
 
 def _file_of(audio: Audio) -> io.BytesIO | str:

@@ -33,7 +33,7 @@ class Plan:
 
     def lines(self, processes: int, overhead: float) -> list[str]:
         """The plan in words, for so many processes that each need some seconds before and after the work."""
-        work = overhead + self.seconds / min(processes, max(self.shards, 1))
+        work = overhead + self.seconds / max(self.shards, 1) * math.ceil(self.shards / processes)
         return [
             f"{self.label}: {self.rows:,} rows, {self.hours:,.2f} hours of audio, {self.shards:,} shards",
             f"  about {_duration(work)} with {processes} process{'es' if processes > 1 else ''}, "
@@ -41,24 +41,38 @@ class Plan:
         ]
 
 
+def total(plans: list[Plan]) -> Plan:
+    """The plan of several splits together."""
+    names = ("rows", "shards", "hours", "seconds", "bytes")
+    return Plan("in all", *(sum(getattr(plan, name) for plan in plans) for name in names))
+
+
 def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan:
     """Label a few windows of units spread over the source, and reckon from them what all of it takes.
 
-    Where only reading tells how many rows a unit has (streaming), the units are taken to be like the first one.
+    Where only reading tells how many rows a unit has (streaming), those units are counted, and the others are taken to
+    have as many for their size.
     """
     units = len(source.units)
-    known = [unit.rows for unit in source.units]
-    if any(rows is None for rows in known):
-        known = [sum(1 for _ in source.rows(0, [name for name in source.column_names if name != source.audio_column]))]
-        known *= units
     chosen = sorted({number * units // TRIAL_UNITS for number in range(TRIAL_UNITS)} - {units})
+    rows = source.num_rows if source.num_rows is not None else _rows_by_size(source, chosen)
     heard, took, size = _trial(source, chosen, labeller, features)
     if not heard:
-        return Plan(source.label, sum(known), units, 0.0, 0.0, 0.0)
+        return Plan(source.label, rows, units, 0.0, 0.0, 0.0)
     lengths = [seconds for unit in chosen for seconds in _lengths(source, source.units[unit], labeller.columns.audio)]
-    audio_seconds = statistics.fmean(lengths or [0.0]) * sum(known)
+    audio_seconds = statistics.fmean(lengths or [0.0]) * rows
     times = audio_seconds / heard
-    return Plan(source.label, sum(known), units, audio_seconds / 3600, took * times, size * times)
+    return Plan(source.label, rows, units, audio_seconds / 3600, took * times, size * times)
+
+
+def _rows_by_size(source: Source, chosen: list[int]) -> int:
+    """About how many rows there are, from those of some units and the sizes of all; without sizes, all are alike."""
+    names = [name for name in source.column_names if name != source.audio_column]
+    counted = sum(sum(1 for _ in source.rows(unit, names)) for unit in chosen)
+    sizes = [unit.size for unit in source.units]
+    if None in sizes or not sum(sizes[unit] for unit in chosen):
+        return round(counted * len(sizes) / max(len(chosen), 1))
+    return round(counted * sum(sizes) / sum(sizes[unit] for unit in chosen))
 
 
 def _trial(source: Source, units: list[int], labeller: UnitLabeller, features: Features) -> tuple[float, float, int]:

@@ -238,6 +238,7 @@ def test_the_plan_is_near_what_labelling_takes(taught, speech_folder, labelled, 
         hours = sum(row["duration"] for row in rows_of(labelled)) / 3600
         assert f"/default/train: 24 rows, {hours:.2f} hours of audio, 2 shards" in said
         assert "/default/test: 8 rows" in said and "with 1 process," in said
+        assert "in all: 32 rows, " in said and ", 3 shards" in said
         size = sum(path.stat().st_size for path in (labelled / "default").glob("train*")) / 1e6
         (found,) = re.findall(r"train: .*\n.* ([\d.]+) MB", said)
         assert float(found) == pytest.approx(size, rel=0.15)
@@ -255,6 +256,23 @@ def test_the_plan_looks_at_rows_all_over_a_file(taught, utterances, tmp_path, mo
     for found, looked_at in zip(plans, (rows[::3], rows[:5]), strict=True):  # a stream would fetch what lies between
         mean = sum(len(utterance.samples) for utterance in looked_at) / len(looked_at)
         assert found.hours * 3600 == pytest.approx(12 * mean / 16_000, rel=1e-3)
+
+
+def test_the_plan_of_a_stream_goes_by_the_sizes_of_files(taught, utterances, tmp_path, monkeypatch, capsys):
+    """Two files of six are looked at, of which the first is the longest. Processes share whole files."""
+    monkeypatch.setattr(plan, "TRIAL_UNITS", 2)
+    left = list(utterances)
+    for number, count in enumerate((10, 2, 4, 4, 2, 2)):
+        write_audio_dataset(tmp_path / "one", [left.pop() for _ in range(count)], files=1)
+        (tmp_path / "speech/data").mkdir(parents=True, exist_ok=True)
+        made = tmp_path / "one/data/train-00000-of-00001.parquet"
+        made.rename(tmp_path / f"speech/data/train-{number:05d}-of-00006.parquet")
+    label(taught, tmp_path / "speech", tmp_path / "out", *ENGLISH, "--dry_run", "--streaming")
+    (rows,) = re.findall(r"default/train: (\d+) rows, .* 6 shards", capsys.readouterr().out)
+    assert int(rows) == pytest.approx(24, abs=3)  # as if all were like these two, 42
+    seconds = plan.Plan("speech", 24, 6, 1.0, 600.0, 0).lines
+    assert "about 100 seconds with 6 processes" in seconds(6, 0.0)[1] == seconds(9, 0.0)[1].replace("9", "6")
+    assert "about 3.3 minutes with 4 processes" in seconds(4, 0.0)[1]
 
 
 def test_columns_named_language_and_task_are_used(taught, utterances, tmp_path):
