@@ -132,6 +132,7 @@ class Arguments(ModelFields, DataFields, RunFields):
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
     )
     per_device_eval_batch_size: int = option(16, "Windows of a process in a batch.")
+    dataloader_num_workers: int = option(4, "Threads that read and write beside the decoding, each; 0 for none.")
     logging_steps: int = option(
         500, "Batches between two lines of metrics; what is labelled by then survives a kill, inside a shard too."
     )

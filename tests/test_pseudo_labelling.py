@@ -105,7 +105,7 @@ def test_a_manifest_of_local_files(taught, utterances, tmp_path):
 
 
 def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_path, capsys):
-    flags = ["--logging_steps", 2, "--per_device_eval_batch_size", 3]
+    flags = ["--logging_steps", 2, "--per_device_eval_batch_size", 3, "--dataloader_num_workers", 0]
     folder = label(taught, speech_folder, tmp_path, *ENGLISH, *flags)
     lines, (whole,) = metrics(folder, "rows"), metrics(folder, "default/train/hours")
     assert [line["rows"] for line in lines] == [6, 12, 18, 24]

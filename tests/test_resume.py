@@ -229,7 +229,7 @@ def shards(folder) -> dict[str, bytes]:
 def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folder, monkeypatch, tmp_path, capsys):
     """Killed while it writes the second of two shards: the first is left as it is, the second has the same bytes."""
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--streaming", streaming]
-    flags += ["--logging_steps", 1]
+    flags += ["--logging_steps", 1, "--dataloader_num_workers", 0]
     unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
     write = run_pseudo_labelling.write
 
@@ -253,6 +253,7 @@ def test_killed_labelling_equals_an_unbroken_one(streaming, taught, speech_folde
 
 def test_labelling_that_is_asked_to_stop_keeps_what_is_labelled(taught, speech_folder, monkeypatch, tmp_path, capsys):
     flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--per_device_eval_batch_size", 5, "--logging_steps", 2]
+    flags += ["--dataloader_num_workers", 0]
     unbroken = label(taught, speech_folder, tmp_path / "unbroken", *flags)
     write = run_pseudo_labelling.write
 
