@@ -51,7 +51,7 @@ from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, public_arguments, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
 from distil_whisper.plan import estimate, total
-from distil_whisper.progress import bar, quiet_libraries, shown
+from distil_whisper.progress import Pace, quiet_libraries, shown
 from distil_whisper.reading import Source
 from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
@@ -346,46 +346,6 @@ class ShardAtWork(UnitAtWork):
     finished: bool = False
 
 
-class Pace:
-    """How far the processes of a run have come together, and how fast; total: the rows that there were to label,
-    None where only reading tells."""
-
-    def __init__(self, turns: Turns, total: int | None):
-        self.turns = turns
-        self.began = time.monotonic()
-        self.bar = bar(total=total, unit="row")
-        self.rows, self.seconds = 0, 0.0
-
-    def __enter__(self) -> "Pace":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.bar.close()
-
-    def add(self, unit: "ShardAtWork", rows: list[dict]) -> None:
-        """Count labelled rows, and what was read of their unit meanwhile."""
-        read, seconds = unit.tally.read, sum(row["duration"] for row in rows)
-        self.rows = self.turns.count("rows", read - unit.counted)
-        self.seconds = self.turns.count("milliseconds", round(1000 * seconds)) / 1000
-        unit.counted = read
-        self.bar.set_description(f"{unit.file.shard.stem}", refresh=False)
-        self.bar.set_postfix_str(f"{self.speed:,.0f} s of audio a second", refresh=False)
-        self.bar.update(self.rows - self.bar.n)
-
-    @property
-    def speed(self) -> float:
-        """Seconds of audio a second."""
-        return self.seconds / (time.monotonic() - self.began)
-
-    def metrics(self) -> dict[str, float]:
-        """For the trackers."""
-        return {"rows": self.rows, "audio_hours": self.seconds / 3600, "audio_seconds_per_second": self.speed}
-
-    def __str__(self) -> str:
-        rows = f"{self.rows:,} rows" if self.bar.total is None else f"{self.rows:,} of {self.bar.total:,} rows"
-        return f"{rows}, {self.seconds / 3600:,.2f} hours of audio, {self.speed:,.0f} s of audio a second"
-
-
 def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
     """Write rows of a shard, or None to finish it; every --logging_steps batches keep them and tell the progress."""
     if rows is None:
@@ -393,7 +353,7 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
         return
     for row in rows:
         unit.file.write(row)
-    pace.add(unit, rows)
+    count(pace, unit, sum(row["duration"] for row in rows))
     steps, before = job.args.logging_steps, job.batches
     job.batches += -(-len(rows) // job.args.per_device_eval_batch_size)
     if job.batches // steps > before // steps:
@@ -404,6 +364,13 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
         job.trackers.log(pace.metrics(), job.batches)
 
 
+def count(pace: Pace, unit: ShardAtWork, seconds: float) -> None:
+    """Count seconds of audio that were labelled, and the rows of their unit that were read meanwhile."""
+    read = unit.tally.read
+    pace.add(read - unit.counted, seconds, unit.file.shard.stem)
+    unit.counted = read
+
+
 def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
     """Make the file of a shard, and push it; without one where the unit could not be read to its end.
 
@@ -411,7 +378,7 @@ def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
     """
     tally, shard = unit.tally, unit.file.shard
     unit.finished = True
-    pace.add(unit, [])
+    count(pace, unit, 0.0)
     if unit.problem is not None:
         tqdm.write(f"{shard.name} is left out: {unit.problem}")
         unit.file.drop()

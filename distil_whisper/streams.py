@@ -7,6 +7,7 @@ reads. What a lane has read is a few numbers, from which a resumed run goes on.
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 
@@ -232,7 +233,7 @@ class StreamParts(IterableDataset):
 
 class StreamBatches:
     """The batches of this process without end, joined of what its workers give; `places` are those of its lanes after
-    the last batch that was taken."""
+    the last batch that was taken. With workers, a thread has the next batch ready."""
 
     def __init__(self, parts: StreamParts, num_workers: int, padding: int):
         self.places: Places = {}
@@ -240,17 +241,28 @@ class StreamBatches:
         self._workers = min(num_workers, len(parts.shares))  # more would have no lane
         loading = {**workers(self._workers), "pin_memory": False}  # the joined batch is what goes to the GPU
         self._parts = iter(DataLoader(parts, batch_size=None, **loading))
+        self._thread = ThreadPoolExecutor(1) if self._workers else None
+        self._coming: Future | None = None
 
     def __iter__(self) -> "StreamBatches":
         return self
 
     def __next__(self) -> Batch:
+        if self._thread is None:
+            batch, places = self._join()
+        else:
+            batch, places = (self._coming or self._thread.submit(self._join)).result()
+            self._coming = self._thread.submit(self._join)
+        self.places |= places
+        return batch
+
+    def _join(self) -> tuple[Batch, Places]:
+        """The next batch, and the places after it."""
         # A DataLoader takes its workers in turn: the next so many parts are one batch's, in the order of the lanes.
         found = [next(self._parts) for _ in range(max(1, self._workers))]
-        for _, places in found:
-            self.places |= places
         batch = joined([batch for batch, _ in found], self._padding)
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+        places = {lane: place for _, places in found for lane, place in places.items()}
+        return (batch.pin_memory() if torch.cuda.is_available() else batch), places
 
 
 def shares_of_lanes(mixture: StreamMixture, share: Share) -> dict[int, tuple[int, int]]:
