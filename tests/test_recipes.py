@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 STAGE_RECIPES = sorted((ROOT / "scripts" / "hindi").glob("[1-9]_*.sh"))
 RECIPES = [*STAGE_RECIPES, ROOT / "scripts/hindi/patient_training.sh", ROOT / "scripts/local_json.sh"]
 SWEEP = yaml.safe_load((ROOT / "scripts" / "chunk_length_s_sweep.yaml").read_text(encoding="utf-8"))
-OF_OTHERS = {"--help", "--flag", "--machine_rank"}  # of accelerate and argparse
+OF_OTHERS = {"--help", "--flag", "--machine_rank", "--cpu", "--num_processes"}  # of accelerate and argparse
 
 
 def blocks(language: str) -> list[str]:
