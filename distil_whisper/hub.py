@@ -200,7 +200,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A model's or dataset's name as others may read it: a file or folder of this machine by its last name only."""
+    """A model's or dataset's name as others may read it: a URL, a file or a folder of this machine by its last name
+    only."""
+    if "://" in name:
+        return name.rstrip("/").rpartition("/")[2]
     local = os.path.isabs(name) or name.startswith(("~", ".")) or os.path.exists(name)
     return (PurePath(name).name or Path(name).resolve().name) if local and name else name
 

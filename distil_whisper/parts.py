@@ -31,7 +31,7 @@ class ShardInProgress:
         self.path = folder / f"{PARTS}/{shard.stem}"
         state = self.path / "state.json"
         kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"contents": contents}
-        if kept["contents"] != contents:
+        if kept.get("contents") != contents:
             self.forget()
             kept = {}
         kept = {"parts": 0, "progress": {}, **kept}

@@ -28,14 +28,13 @@ from datasets import (
 from datasets import (
     config as datasets_config,
 )
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.parquet.parquet import Parquet
 from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from httpx2 import HTTPError, TransportError
-from huggingface_hub import HfFileSystem
 
 from distil_whisper.errors import UserError, nearest
 from distil_whisper.manifests import (
@@ -48,6 +47,7 @@ from distil_whisper.manifests import (
 
 _ROWS_AT_ONCE = 16  # rows taken from a file together; each is unpacked on its own, recordings may be long
 _ROWS_OF_PARQUET = 100  # that `datasets` reads at once; by default as many as the first row group has, also if none
+_PARQUET = ".parquet"
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _UNREACHABLE = (ConnectionError, TransportError)
 _UNREADABLE = (DatasetsError, OSError, ValueError, ImportError, RuntimeError, HTTPError)
@@ -178,17 +178,18 @@ def open_source(
     audio_column: str = "audio",
     rows_per_unit: int = 1000,
 ) -> Source:
-    """Open a split of a Hub dataset, a folder of Parquet, a save_to_disk folder, a manifest or an audio folder.
+    """Open a split of a Hub dataset, a folder of Parquet (also by a URL such as s3://, with the configuration as a
+    folder in it), a save_to_disk folder, a manifest or an audio folder.
 
     A unit is an input file where `datasets` reads the files, else rows_per_unit rows (as for a slice, train[:100]).
     Raises UserError for a source, config, split or audio column that is not there, naming the nearest one.
     """
-    local = _open_local(name, split, audio_column)
+    local = None if _is_url(name) else _open_local(name, split, audio_column)
     if local is not None:
         data, lengths, config, files = _sliced(local, split), None, "default", []
     else:
-        builder = _builder(name, config, split, cache_dir)
-        config = builder.config.name
+        builder = (_builder_of_url if _is_url(name) else _builder)(name, config, split, cache_dir)
+        config = config if _is_url(name) and config else builder.config.name
         # Without the Hub a dataset comes from the cache, whose files are not the units: it is on this disk anyway.
         if streaming and not isinstance(builder, Cache):
             data, lengths = _stream(builder, split), None
@@ -298,6 +299,26 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
     return builder
 
 
+def _is_url(name: str) -> bool:
+    return "://" in name
+
+
+def _builder_of_url(url: str, config: str | None, split: str, cache_dir: str | None):
+    """A builder of the Parquet files at a URL that fsspec knows: one, or the splits of a folder by their names."""
+    base, shown = f"{url.rstrip('/')}/{config or ''}".rstrip("/"), _basename(url)
+    try:
+        patterns = {"train": [base]} if base.endswith(_PARQUET) else get_data_patterns(base)
+        files = DataFilesDict.from_patterns(patterns, base_path=base).filter(extensions=[_PARQUET])
+        builder = load_dataset_builder(
+            "parquet", data_files={s: list(f) for s, f in files.items()}, cache_dir=cache_dir
+        )
+    except (*_UNREADABLE, EmptyDatasetError) as error:
+        raise UserError(f"no Parquet files can be read at {shown}: {_reason(error)}") from error
+    _known_split(split, builder.config.data_files, shown)
+    builder.config.batch_size = _ROWS_OF_PARQUET
+    return builder
+
+
 def _cache_of_files(builder, cache_dir: str | None) -> str:
     """A cache folder for the files of a local dataset as they are now.
 
@@ -382,7 +403,7 @@ def _files(builder, split: str) -> list[tuple[str, int | None]]:
     sizes: dict[str, int] = {}
     for folder in {path.rpartition("/")[0] for path in paths}:
         filesystem, inside = url_to_fs(folder)
-        if isinstance(filesystem, (LocalFileSystem, HfFileSystem)):
+        if not {"http", "https"} & set(filesystem.protocol):  # which would have to guess from a page
             with contextlib.suppress(OSError, HTTPError):
                 listed = filesystem.ls(inside, detail=True)
                 sizes |= {entry["name"]: entry["size"] for entry in listed if entry["type"] == "file"}
@@ -410,6 +431,9 @@ def _units(
 
 
 def _basename(name: str) -> str:
+    """The last part of a path or a URL, which may hold credentials; a name on the Hub as it is."""
+    if _is_url(name):
+        return name.rstrip("/").rpartition("/")[2]
     path = Path(name)
     return path.absolute().name if path.exists() else name
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import fsspec
 import jiwer
 import pyarrow.parquet as pq
 import pytest
@@ -156,6 +157,18 @@ def test_finished_labels_are_used_again_but_not_with_other_arguments(taught, spe
     label(taught, speech_folder, tmp_path, *ENGLISH, "--return_timestamps", "--overwrite_output_dir")
     assert all("<|0.00|>" in row["whisper_transcript"] for row in rows_of(tmp_path))
     assert (tmp_path / "mine.txt").exists() and not (tmp_path / "default/test-00000-of-00001.parquet").exists()
+
+
+def test_a_dataset_at_a_url(taught, labelled, speech_folder, tmp_path):
+    """Streamed, with the rows of a local one."""
+    far = fsspec.filesystem("memory")
+    far.put(f"{speech_folder}/data/", "/bucket/speech0/", recursive=True)
+    flags = [*ENGLISH, *SPEAKERS, "--return_timestamps", "--decode_token_ids", False, "--streaming"]
+    folder = label(taught, "memory://bucket/speech0", tmp_path, *flags, "--dataset_split_name", "train+test")
+    far.rm("/", recursive=True)
+    for split in ("train", "test"):
+        assert rows_of(folder, split, "default") == rows_of(labelled, split)
+    assert "memory://" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -122,6 +123,35 @@ def test_the_contents_of_rows_are_all_but_their_audio(tmp_path, spoken, open_sou
         source = open_source(str(folder / "train.json"), rows_per_unit=4)
         found.append([source.contents(unit.index) for unit in source.units])
     assert found[0] == found[1] != found[2] and found[3][0] == found[0][0] != found[3][1]
+
+
+@pytest.fixture
+def in_memory():
+    """fsspec's file system of this process, in place of one that is far away."""
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_at_a_url(tmp_path, spoken, open_source, in_memory, streaming):
+    """Splits by the names of files, a configuration as a folder, one file."""
+    path = make_parquet(tmp_path, spoken)
+    in_memory.put(f"{path}/", "/bucket/speech/hi/", recursive=True)
+    in_memory.pipe("/bucket/speech/hi/README.md", b"---\n---\n")
+    expected = open_source(str(path), streaming=streaming)
+    source = open_source("memory://bucket/speech", "hi", streaming=streaming)
+    assert source.label == "speech/hi/train" and source.units == expected.units
+    for unit in range(3):
+        assert list(source.rows(unit)) == list(expected.rows(unit))
+    single = open_source("memory://bucket/speech/hi/train-00001-of-00003.parquet", streaming=streaming)
+    assert list(single.rows(0)) == list(expected.rows(1)) and len(single.units) == 1
+    with pytest.raises(UserError, match=r"speech has no split tset \(allowed: train\)"):
+        open_source("memory://bucket/speech", "hi", "tset", streaming=streaming)
+    with pytest.raises(UserError, match="no Parquet files can be read at nowhere"):
+        open_source("memory://key:secret@bucket/nowhere", streaming=streaming)
+    with pytest.raises(UserError, match="no Parquet files can be read at speech"):
+        open_source("nothing://bucket/speech", streaming=streaming)
 
 
 def test_locate_finds_the_row_of_the_whole_dataset(tmp_path, spoken, open_source):
