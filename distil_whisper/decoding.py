@@ -13,8 +13,10 @@ from distil_whisper.attention import for_any_length
 from distil_whisper.audio import LogMel
 from distil_whisper.drafts import drafted_search
 from distil_whisper.errors import UserError
-from distil_whisper.greedy import GRAPH_ROWS, DecoderSteps, Rules, greedy_search
+from distil_whisper.greedy import DecoderSteps, Rules, greedy_search
 from distil_whisper.models import LoadedWhisper, encoder_states
+
+GRAPH_ROWS = 128  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
 # generation config together with two of its fields, and fills in a max_length beside our max_new_tokens

@@ -128,13 +128,11 @@ class RowFilter:
     def unchecked(self, row: dict) -> str | None:
         """That a row is kept although a limit was given on a figure that it lacks, None if there is no such limit."""
         settings = self.settings
-        figures = dict.fromkeys(figure for name, (figure, _) in LIMITS.items() if getattr(settings, name) is not None)
-        lacking = [figure for figure in figures if self.figure(row, figure) is None]
-        if settings.drop_language_mismatch and row.get("detected_language") is None:
-            lacking.append("detected_language")
-        if settings.wer_threshold is not None and not self.error_rates(row):
+        limited = {name: column for name, column in NEEDED_COLUMNS.items() if is_given(getattr(settings, name))}
+        lacking = [LIMITS.get(name, (column,))[0] for name, column in limited.items() if row.get(column) is None]
+        if settings.wer_threshold is not None and not self.is_comparable(row):
             lacking.append(self._rate)
-        return f"{KEPT} unchecked: no {', '.join(lacking)}" if lacking else None
+        return f"{KEPT} unchecked: no {', '.join(dict.fromkeys(lacking))}" if lacking else None
 
     @property
     def _rate(self) -> str:
@@ -167,17 +165,28 @@ class RowFilter:
     def error_rates(self, row: dict) -> list[float]:
         """WER (or CER) of the pseudo-label in percent, of each utterance of a packed window. Empty without a
         transcript, and for a translation, whose transcript is in another language."""
-        if row.get("task") == "translate" or self.columns.text is None:
+        if not self.is_comparable(row):
             return []
-        normaliser, by_characters = self.normaliser(row), self.settings.by_characters
-        if row.get("wer") is not None and row.get("normalizer") == normaliser.name and not by_characters:
+        if self._is_counted(row):
             return row.get("utterance_wer") or [row["wer"]]
-        texts = row.get("utterance_texts") or [row.get(self.columns.text)]
-        if any(text is None for text in texts):
-            return []
-        units = characters if by_characters else str.split
+        units = characters if self.settings.by_characters else str.split
         spoken = plain_text(row["whisper_transcript"] or "")
-        return [pair.rate for pair in utterance_errors(texts, spoken, normaliser, units)]
+        return [pair.rate for pair in utterance_errors(self._texts(row), spoken, self.normaliser(row), units)]
+
+    def is_comparable(self, row: dict) -> bool:
+        """Whether a row has error rates."""
+        if row.get("task") == "translate" or self.columns.text is None:
+            return False
+        return self._is_counted(row) or None not in self._texts(row)
+
+    def _is_counted(self, row: dict) -> bool:
+        """Whether labelling has counted the errors, by the same normaliser."""
+        counted_by_words = row.get("wer") is not None and not self.settings.by_characters
+        return counted_by_words and row.get("normalizer") == self.normaliser(row).name
+
+    def _texts(self, row: dict) -> list[str | None]:
+        """The transcript of each utterance of a packed window, else of the row."""
+        return row.get("utterance_texts") or [row.get(self.columns.text)]
 
     def normaliser(self, row: dict) -> Normaliser:
         """The normaliser of a row's language."""
@@ -217,6 +226,11 @@ def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray
         verdicts = list(bar(map(_verdicts, tasks), **options))
     reasons = [reason for part in verdicts for reason in part]
     return np.flatnonzero([is_kept(reason) for reason in reasons]), Counter(reasons)
+
+
+def is_given(limit: float | bool | None) -> bool:
+    """Whether a limit is one; 0 is."""
+    return limit is not None and limit is not False
 
 
 def is_kept(reason: str) -> bool:

@@ -12,7 +12,6 @@ from transformers import WhisperForConditionalGeneration
 from distil_whisper.attention import attend, for_any_length
 
 COMPACT_BELOW = 0.75  # of the rows still running: the others then leave the batch
-GRAPH_ROWS = 128  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
 ALIGNED = 8  # keys of a masked step come in multiples of it: kernels would else copy the mask
 
 

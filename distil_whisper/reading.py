@@ -190,6 +190,8 @@ def open_source(
     else:
         builder = (_builder_of_url if _is_url(name) else _builder)(name, config, split, cache_dir)
         config = config if _is_url(name) and config else builder.config.name
+        if isinstance(builder, Parquet):
+            builder.config.batch_size = _ROWS_OF_PARQUET
         # Without the Hub a dataset comes from the cache, whose files are not the units: it is on this disk anyway.
         if streaming and not isinstance(builder, Cache):
             data, lengths = _stream(builder, split), None
@@ -294,8 +296,6 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
             "--repo-type dataset --local-dir FOLDER) and give the folder"
         )
     _known_split(split, builder.config.data_files or builder.info.splits or [], name)
-    if isinstance(builder, Parquet):
-        builder.config.batch_size = _ROWS_OF_PARQUET
     return builder
 
 
@@ -315,7 +315,6 @@ def _builder_of_url(url: str, config: str | None, split: str, cache_dir: str | N
     except (*_UNREADABLE, EmptyDatasetError) as error:
         raise UserError(f"no Parquet files can be read at {shown}: {_reason(error)}") from error
     _known_split(split, builder.config.data_files, shown)
-    builder.config.batch_size = _ROWS_OF_PARQUET
     return builder
 
 
@@ -398,7 +397,7 @@ def _noted_lengths(builder, split: str) -> list[int]:
 
 
 def _files(builder, split: str) -> list[tuple[str, int | None]]:
-    """The names of a split's files and their sizes in bytes, where local files and the Hub tell."""
+    """The names of a split's files and their sizes in bytes, where their file system lists them."""
     paths = list((builder.config.data_files or {}).get(split, []))
     sizes: dict[str, int] = {}
     for folder in {path.rpartition("/")[0] for path in paths}:

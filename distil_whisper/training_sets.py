@@ -10,7 +10,16 @@ from accelerate.utils import gather_object
 
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
-from distil_whisper.filtering import LIMITS, NEEDED_COLUMNS, FilterSettings, RowFilter, counted, keep_rows, table
+from distil_whisper.filtering import (
+    LIMITS,
+    NEEDED_COLUMNS,
+    FilterSettings,
+    RowFilter,
+    counted,
+    is_given,
+    keep_rows,
+    table,
+)
 from distil_whisper.mixing import (
     EpochOrder,
     LabelLengths,
@@ -139,11 +148,6 @@ def open_training_sets(
     if counts:
         say(table(counts))
     return sets
-
-
-def is_given(limit: float | bool | None) -> bool:
-    """Whether a limit is one; 0 is."""
-    return limit is not None and limit is not False
 
 
 def say_what_changes_nothing(args, sources: list[Source], columns: list[LabelColumns], say) -> None:

@@ -48,6 +48,14 @@ def test_the_loss(measured):
     assert max(found[name]["gradient_error"] for name in ("plain", "ours")) < 1e-5
 
 
+def test_labelling_beside_decoding(measured):
+    """Packed clips are four or five to a window."""
+    found = measured("labelling_host.py", "--shards", 2, "--clips", 20, "--batch_size", 2, "--pace", 10_000)
+    for workers in (0, 4):
+        clips, packed = (found[f"{name}, {workers} workers"] for name in ("clips", "packed"))
+        assert clips["windows"] == pytest.approx(5 * clips["audio"]) and 0 < packed["audio"] <= packed["windows"]
+
+
 def test_the_memory_of_labelling(measured):
     few, many = measured("labelling_memory.py", "--few", 1, "--many", 2, "--megabytes", 8)["runs"]
     assert (few["shards"], many["shards"]) == (1, 2)
