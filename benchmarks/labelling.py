@@ -28,7 +28,6 @@ import torch
 from measuring import Clock, in_turn, machine, make_parser, this_device, write_json
 
 from distil_whisper.audio import decode
-from distil_whisper.ctranslate2_backend import CTranslate2Decoder
 from distil_whisper.decoding import Decoder
 from distil_whisper.labelling import decode_windows, expected_lengths
 from distil_whisper.meters import peak_memory
@@ -110,6 +109,8 @@ class Engine:
 def engine_of(variant: str):
     """What decodes in a variant."""
     if variant == "ctranslate2":
+        from distil_whisper.ctranslate2_backend import CTranslate2Decoder  # which may be missing
+
         return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
     if variant == "engine_graphs":
         return partial(Engine, make=partial(Decoder, cuda_graphs=True))
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(run_variant(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        save_talker(Path(folder), args.size, args.label_tokens)
+        save_talker(Path(folder), args.size, args.label_tokens, args.dtype)
         args.talker = folder
         runs = in_turn(__file__, (*VARIANTS, *CLIPS), args, optional={"ctranslate2"})
     result = summarise(args, runs)

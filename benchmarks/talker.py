@@ -31,21 +31,22 @@ def transcript(parts: int, label_tokens: int, draw: np.random.Generator) -> str:
     return " ".join(draw.choice(WORDS) if draw.random() < 0.1 else word for word in words_of(parts, label_tokens))
 
 
-def save_talker(folder: Path, size: str, label_tokens: int) -> None:
-    """Write the checkpoint. Positions name what is said, label_tokens of it in a full window, as many fewer as the
-    window's sound is shorter: the last layer hears by uniform attention whether that is over."""
+def save_talker(folder: Path, size: str, label_tokens: int, dtype: str) -> None:
+    """Write the checkpoint in a type. Positions name what is said, label_tokens of it in a full window, as many fewer
+    as the window's sound is shorter: the last layer hears by uniform attention whether that is over."""
     of = SIZES[size]
     torch.manual_seed(0)
     text = " " + " ".join(WORDS)
     small = make_tokenizer([text], vocab_size=1000)
     tokenizer = make_tokenizer([text], vocab_size=1000, fillers=of["vocabulary"] - len(small))
-    model = make_model(tokenizer, 30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
+    with this_device():  # on a CPU the random numbers of large-v3 take longer than all else
+        model = make_model(tokenizer, 30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
     extractor = WhisperFeatureExtractor(feature_size=of["mels"])
     words = tokenizer.encode(" " + " ".join(words_of(LEVELS, label_tokens)), add_special_tokens=False)
     begin, closing, end = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
     with torch.no_grad():
         tokens, places = model.get_input_embeddings().weight, model.model.decoder.embed_positions.weight
-        tokens[end] = torch.randn(of["d_model"]) * 0.02  # as padding it would be 0
+        tokens[end] = torch.randn_like(tokens[end]) * 0.02  # as padding it would be 0
         tokens[list({*words, begin, closing, end})] *= 4  # likelier than all timestamps together
         listen(model, extractor, tokens[closing])
         said = places[PREFIX - 1 :]
@@ -57,7 +58,7 @@ def save_talker(folder: Path, size: str, label_tokens: int) -> None:
             # louder than the word there, and where there is more sound than that not as loud
             said[last - 2] += (SAYS + APART * (level - 0.2)) * tokens[closing]
             said[last - 1] += SAYS / 2 * tokens[end]  # chosen where no word may follow
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
 
@@ -69,10 +70,8 @@ def listen(model, extractor: WhisperFeatureExtractor, away_from: torch.Tensor) -
     for parts, window in enumerate(windows, 1):
         sound = noise(parts, samples, draw)
         window[: len(sound)] = sound
-    device = this_device()
-    log_mel, encoder = LogMel(extractor).to(device), model.get_encoder().to(device).eval()
-    heard = encoder_states(encoder, log_mel(torch.from_numpy(windows).to(device))).mean(1).cpu()
-    model.cpu()
+    log_mel, encoder = LogMel(extractor).to(model.device), model.get_encoder().eval()
+    heard = encoder_states(encoder, log_mel(torch.from_numpy(windows).to(model.device))).mean(1)
     tells = heard[-1] - heard[0]  # the mean state goes along it nearly by equal steps
     tells *= (LEVELS - 1) / (tells @ tells)
     attention = model.model.decoder.layers[-1].encoder_attn

@@ -48,9 +48,10 @@ def make_models(size: str, device, dtype) -> tuple[WhisperForConditionalGenerati
         encoder_ffn_dim=4 * of["d_model"],
         decoder_ffn_dim=4 * of["d_model"],
     )
-    teacher = WhisperForConditionalGeneration(config)
-    student, _ = make_student(teacher, decoder_layers=2)
-    return teacher.to(device, dtype).eval(), student.to(device)
+    with device:
+        teacher = WhisperForConditionalGeneration(config)
+        student, _ = make_student(teacher, decoder_layers=2)
+    return teacher.to(dtype).eval(), student
 
 
 def make_batch(window: Window, batch_size: int, label_tokens: int, vocabulary: int, padded_to: int | None) -> Batch:
