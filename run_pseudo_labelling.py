@@ -121,7 +121,7 @@ class Arguments(ModelFields, DataFields, RunFields):
         choices=["torch", "ctranslate2"],
     )
     cuda_graphs: bool = option(
-        False, "Greedily on a GPU, in batches of up to 128 windows: launch each step of the decoder as one graph."
+        True, "Greedily on a GPU: launch each step of the decoder as one graph, for which its caches are kept."
     )
     draft_from_text: bool = option(
         False,
@@ -169,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; {Arguments.__dataclass_fields__[name].metadata['help']}")
-    check_search(args)
+    check_drafts(args)
     if args.concatenate_audio and not (args.speaker_id_column_name or args.recording_id_column_name):
         raise UserError(
             "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name, to know which "
@@ -184,13 +184,10 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     return args
 
 
-def check_search(args: Arguments) -> None:
-    """Raise UserError for ways to search faster that do not go with others."""
-    for name in ("cuda_graphs", "draft_from_text"):
-        if getattr(args, name) and (args.backend != "torch" or args.generation_num_beams > 1):
-            raise UserError(f"--{name} is for greedy search with --backend torch; leave it out")
-    if args.cuda_graphs and args.draft_from_text:
-        raise UserError("--cuda_graphs and --draft_from_text exclude each other; give one of them")
+def check_drafts(args: Arguments) -> None:
+    """Raise UserError for drafts with what does not read them."""
+    if args.draft_from_text and (args.backend != "torch" or args.generation_num_beams > 1):
+        raise UserError("--draft_from_text is for greedy search with --backend torch; leave it out")
     if args.draft_from_text and args.task == "translate":
         raise UserError("--draft_from_text is for --task transcribe: a transcript is no draft of a translation")
 

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ import jiwer
 import numpy as np
 import torch
 from measuring import Clock, in_turn, machine, make_parser, this_device, write_json
+from transformers import WhisperForConditionalGeneration
 
 from distil_whisper.audio import decode
 from distil_whisper.decoding import Decoder
@@ -40,7 +42,7 @@ from distil_whisper.reading import open_source
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from talker import LEVELS, noise, save_talker, transcript
 
-OTHERS = ("engine_graphs",) if torch.cuda.is_available() else ("engine_bfloat16", "engine_bfloat16_drafts")
+OTHERS = ("engine_no_graphs",) if torch.cuda.is_available() else ("engine_bfloat16", "engine_bfloat16_drafts")
 VARIANTS = ("reference", "engine", "engine_drafts", *OTHERS, "ctranslate2")
 PACKED = ("engine_packed",) if torch.cuda.is_available() else ("engine_packed", "engine_packed_bfloat16")
 CLIPS = ("reference_clips", *PACKED)
@@ -94,7 +96,7 @@ class Reference:
 class Engine:
     """The labelling engine, with one of its decoders."""
 
-    def __init__(self, whisper: LoadedWhisper, clock: Clock, args, make=Decoder):
+    def __init__(self, whisper: LoadedWhisper, clock: Clock, args, make):
         self.whisper, self.batch_size, self.drafts = whisper, args.batch_size, args.variant.endswith("drafts")
         self.decoder = make(whisper, max_label_length=args.max_label_length, return_timestamps=True)
         clock.around(self.decoder, "log_mel", "log-mel")
@@ -108,13 +110,13 @@ class Engine:
 
 def engine_of(variant: str):
     """What decodes in a variant."""
-    if variant == "ctranslate2":
-        from distil_whisper.ctranslate2_backend import CTranslate2Decoder  # which may be missing
+    if variant.startswith("reference"):
+        return Reference
+    if variant != "ctranslate2":
+        return partial(Engine, make=partial(Decoder, cuda_graphs=not variant.endswith("no_graphs")))
+    from distil_whisper.ctranslate2_backend import CTranslate2Decoder  # which may be missing
 
-        return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
-    if variant == "engine_graphs":
-        return partial(Engine, make=partial(Decoder, cuda_graphs=True))
-    return Reference if variant.startswith("reference") else Engine
+    return partial(Engine, make=partial(CTranslate2Decoder, device=this_device()))
 
 
 def run_variant(args) -> dict:
@@ -123,6 +125,9 @@ def run_variant(args) -> dict:
     dtype = "bfloat16" if "bfloat16" in args.variant else args.dtype
     name = args.talker if args.variant in CLIPS else args.model_name_or_path or args.talker
     whisper = load_whisper(name, dtype=dtype, device=device)
+    if args.variant.startswith("reference"):  # as a first script loads it
+        model = WhisperForConditionalGeneration.from_pretrained(name, dtype=getattr(torch, dtype))
+        whisper = replace(whisper, model=model.to(device).eval())
     clock = Clock(device)
     clock.around(whisper.model.get_encoder(), "forward", "encoder")
     decode_all = engine_of(args.variant)(whisper, clock, args)

@@ -72,12 +72,11 @@ def listen(model, extractor: WhisperFeatureExtractor, away_from: torch.Tensor) -
         window[: len(sound)] = sound
     log_mel, encoder = LogMel(extractor).to(model.device), model.get_encoder().eval()
     heard = encoder_states(encoder, log_mel(torch.from_numpy(windows).to(model.device))).mean(1)
-    tells = heard[-1] - heard[0]  # the mean state goes along it nearly by equal steps
-    tells *= (LEVELS - 1) / (tells @ tells)
+    levels = torch.arange(LEVELS, dtype=torch.double, device=heard.device)
+    tells = torch.linalg.pinv(heard.double()) @ levels  # along it, the mean states of all levels go by equal steps
     attention = model.model.decoder.layers[-1].encoder_attn
     for layer in (attention.q_proj, attention.v_proj, attention.out_proj):
         layer.weight.zero_()
         layer.bias.zero_()
     attention.v_proj.weight[0] = tells
-    attention.v_proj.bias[0] = -heard[0] @ tells
     attention.out_proj.weight[:, 0] = -APART * away_from

@@ -27,6 +27,7 @@ from distil_whisper.distiller import Distiller
 from distil_whisper.examples import Batch
 from distil_whisper.losses import LossWeights
 from distil_whisper.meters import peak_memory
+from distil_whisper.models import contiguous_states
 from distil_whisper.student import make_student
 
 VARIANTS = ("reference", "engine", "cached")
@@ -117,6 +118,8 @@ def make_step(variant: str, args, device, dtype, folder: Path):
     log_mel = LogMel(extractor).to(device)
     if variant == "reference":
         return ReferenceStep(teacher, student, batch, log_mel(batch.waveforms.to(device)).cpu(), folder), student
+    for model in (teacher, student):
+        contiguous_states(model)
     distiller = Distiller(student, log_mel, WEIGHTS, teacher, freeze_encoder=True)
     caches = open_caches(folder, distiller, True, True, 8.0, 0, 1) if variant == "cached" else None
     return EngineStep(distiller, batch, caches), student

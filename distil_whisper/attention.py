@@ -17,8 +17,10 @@ BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # without it n
 AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))  # with it the fused kernel should be fast for many queries
 
 
-# Around a search, whose keys grow with each step: cuDNN, which torch prefers on an H100, makes a plan for each length.
-for_any_length = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def for_any_length():
+    """Around a search whose keys grow with each step: cuDNN, which torch prefers on an H100, and which is the fastest
+    there, makes a plan for each length."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attend(queries, keys, values, mask: torch.Tensor | None = None, causal: bool = False) -> torch.Tensor:

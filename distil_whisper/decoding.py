@@ -11,12 +11,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distil_whisper.attention import for_any_length
 from distil_whisper.audio import LogMel
-from distil_whisper.drafts import drafted_search
+from distil_whisper.drafts import AT_ONCE, drafted_search
 from distil_whisper.errors import UserError
-from distil_whisper.greedy import DecoderSteps, Rules, greedy_search
+from distil_whisper.greedy import greedy_search
 from distil_whisper.models import LoadedWhisper, encoder_states
-
-GRAPH_ROWS = 128  # with so few rows, a GPU is thought to compute a step faster than its kernels are launched
+from distil_whisper.rules import Rules
+from distil_whisper.steps import DecoderSteps
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
 # generation config together with two of its fields, and fills in a max_length beside our max_new_tokens
@@ -46,8 +46,8 @@ class Decoder:
     """Decodes batches of windows, greedily or with beams, on the device and in the type of the model.
 
     max_label_length: the most tokens after the prefix; the decoder's positions limit it in any case.
-    cuda_graphs: greedily and with few rows, launch each step as one graph, which is kept for the next batches. Raises
-    UserError for numbers below 1, and for graphs without a GPU.
+    cuda_graphs: where there is a GPU, launch each step of a greedy search as one graph, which is kept for the next
+    batches, as the caches are. Raises UserError for numbers below 1.
     """
 
     def __init__(
@@ -62,16 +62,17 @@ class Decoder:
         for name, value in (("number of beams", num_beams), ("maximum label length", max_label_length)):
             if value is not None and value < 1:
                 raise UserError(f"the {name} is {value}; it must be 1 or more")
-        if cuda_graphs and whisper.model.device.type != "cuda":
-            raise UserError("--cuda_graphs needs a GPU, and there is none; leave it out")
-        self.cuda_graphs = cuda_graphs
-        self._steps: DecoderSteps | None = None  # with the graph of its shape
+        self.cuda_graphs = cuda_graphs and whisper.model.device.type == "cuda"
+        self._steps: DecoderSteps | None = None  # with the graphs
         self.model = whisper.model
-        self.grammar = whisper.grammar
+        self.grammar = grammar = whisper.grammar
         self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
         self.num_beams = num_beams
         self.max_label_length = max_label_length or whisper.grammar.max_positions
         self.return_timestamps = return_timestamps
+        config, vocabulary = whisper.model.generation_config, whisper.model.config.vocab_size
+        device = whisper.model.device
+        self.rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, return_timestamps, device)
 
     @torch.no_grad()
     def __call__(
@@ -91,33 +92,30 @@ class Decoder:
         return self._beams(encoded, prefix, language, task)
 
     def _greedy(self, encoded: torch.Tensor, prefix: list[int], drafts: list[list[int]]) -> list[Decoded]:
-        grammar, config = self.grammar, self.model.generation_config
-        vocabulary = self.model.config.vocab_size
-        rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, self.return_timestamps, encoded.device)
-        most = min(self.max_label_length, grammar.max_positions - len(prefix))
+        most = min(self.max_label_length, self.grammar.max_positions - len(prefix))
+        decode = self._steps_of(encoded, len(prefix) + most + AT_ONCE)
         if any(drafts):
-            found = drafted_search(self.model, encoded, prefix, rules, most, drafts, grammar.opening)
+            found = drafted_search(decode, prefix, most, drafts, self.grammar.opening)
         else:
-            found = greedy_search(self.model, self._steps_of(encoded, len(prefix) + most - 1), prefix, rules, most)
+            found = greedy_search(decode, prefix, most)
         return self._decoded(found.tokens, found.logprobs, found.first_logits)
 
     def _steps_of(self, encoded: torch.Tensor, most: int) -> DecoderSteps:
-        """The decoder at its beginning: the one before where its graph can be used again."""
-        decoder, shape = self.model.model.decoder, (len(encoded), most)
-        if not self.cuda_graphs or len(encoded) > GRAPH_ROWS:
-            return DecoderSteps(decoder, encoded, most)
-        if self._steps is not None and self._steps.shape == shape:
+        """The decoder at its beginning: the one before, if there are graphs of it and the batch is no larger."""
+        if self._steps is not None and len(encoded) <= self._steps.room:
             self._steps.begin(encoded)
-        else:
-            self._steps = None  # its memory is needed
-            self._steps = DecoderSteps(decoder, encoded, most, graphs=True)
-        return self._steps
+            return self._steps
+        self._steps = None  # its memory is needed
+        steps = DecoderSteps(self.model, self.rules, encoded, most, self.cuda_graphs)
+        if self.cuda_graphs:
+            self._steps = steps
+        return steps
 
     def _draft(self, text: str, language: str | None) -> list[int]:
         """What a label would be if a transcript was right; no label is in capitals throughout."""
         return self.grammar.encode_transcript(text.lower() if text.isupper() else text, language)
 
-    @for_any_length
+    @for_any_length()
     def _beams(
         self, encoded: torch.Tensor, prefix: list[int], language: str | None, task: str | None
     ) -> list[Decoded]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from transformers import WhisperForConditionalGeneration
 
-from distil_whisper.attention import for_any_length
-from distil_whisper.greedy import COMPACT_BELOW, DecoderSteps, Found, Rules, Said
+from distil_whisper.greedy import COMPACT_BELOW, Found
+from distil_whisper.rules import Said
+from distil_whisper.steps import DecoderSteps
 
 AT_ONCE = 4  # tokens of a draft that are read together with the last one said
 NEARBY = 12  # tokens of a draft, either way, among which its place is found again when something else was said
@@ -71,68 +71,64 @@ class Row:
 
 
 @torch.no_grad()
-@for_any_length
 def drafted_search(
-    model: WhisperForConditionalGeneration,
-    encoded: torch.Tensor,
-    prefix: list[int],
-    rules: Rules,
-    most: int,
-    drafts: list[list[int]],
-    opening: frozenset[int],
+    decode: DecoderSteps, prefix: list[int], most: int, drafts: list[list[int]], opening: frozenset[int]
 ) -> Found:
-    """`greedy_search` with a draft of the words of each row, which may be empty. opening: tokens that begin a word."""
+    """`greedy_search` with a draft of the words of each row, which may be empty. opening: tokens that begin a word.
 
-    def chosen(hidden: torch.Tensor, said: Said, first: bool = False) -> Iterator[tuple[int, float]]:
-        """What is said behind each token [tokens, width], and its log-probability."""
-        found = rules.choose(model.proj_out(hidden).float(), said, first)
-        tokens, logprobs = torch.stack([values.double() for values in found]).tolist()  # both in one copy
-        return zip(map(int, tokens), logprobs, strict=True)
-
-    device, width = encoded.device, AT_ONCE
-    decode = DecoderSteps(model.model.decoder, encoded, len(prefix) + most + width)
-    hidden = decode(torch.tensor([prefix], device=device).expand(len(encoded), -1))
-    first_logits = model.proj_out(hidden[:, 0]).float()
+    decode has room for AT_ONCE tokens more.
+    """
+    rules, width = decode.rules, AT_ONCE
+    *said, first_logits = decode.first(prefix)
     rows = [Row(draft, rules.begin, opening) for draft in drafts]
-    inside, proposed = rows, [[] for _ in rows]  # inside: those that the caches are of
-    said = chosen(hidden[:, -1], rules.nothing_said(len(rows)), first=True)
+    spare = Row([], rules.begin, opening, [rules.end], ended=True)
+    inside = [*rows, *[spare] * (decode.rows - len(rows))]  # those that the caches are of
+    proposed, said = [[] for _ in inside], _in_turn(*said)
     steps = found = 0
     while True:
         for row, ours in zip(inside, proposed, strict=True):
             if not row.ended:
                 steps, found = steps + 1, found + row.take(ours, list(islice(said, 1 + len(ours))))
                 row.ended = row.tokens[-1] == rules.end or len(row.tokens) == most
-        left = [place for place, row in enumerate(inside) if not row.ended]
+        left = sum(not row.ended for row in inside)
         if not left:
             return Found([row.tokens for row in rows], [row.logprobs for row in rows], first_logits)
-        if len(left) < COMPACT_BELOW * len(inside):
-            inside = [inside[place] for place in left]
-            decode.keep(torch.tensor(left, device=device))
+        if (fewer := decode.rows_for(left)) <= COMPACT_BELOW * len(inside):
+            kept = sorted(range(len(inside)), key=lambda place: inside[place].ended)[:fewer]
+            inside = [inside[place] for place in kept]
+            decode.keep(torch.tensor(kept, device=first_logits.device))
         if steps > TRIAL * len(rows) and found < WORTH * steps:
             width = 0
         proposed = [[] if row.ended else row.proposed(min(width, most - len(row.tokens) - 1)) for row in inside]
-        inputs, places, counting, said = _step(inside, proposed, rules, device)
-        hidden = decode(inputs, places + len(prefix)).flatten(0, 1)[counting]
-        said = chosen(hidden, said.along(inputs[:, 1:]).of(counting))
+        said = _in_turn(*_step(decode, len(prefix), inside, proposed, width if decode.graphs is not None else 0))
+
+
+def _in_turn(tokens: torch.Tensor, logprobs: torch.Tensor) -> Iterator[tuple[int, float]]:
+    """Tokens and their log-probabilities, [n] each, in one copy."""
+    tokens, logprobs = torch.stack([tokens.double(), logprobs.double()]).tolist()
+    return zip(map(int, tokens), logprobs, strict=True)
 
 
 def _step(
-    rows: list[Row], proposed: list[list[int]], rules: Rules, device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Said]:
-    """The last token of each row and what is proposed behind it, their places behind the prefix, [batch, length] each;
-    which of them count [tokens]: those of rows that have not ended, without the fillers; what rows have said."""
+    decode: DecoderSteps, begin: int, rows: list[Row], proposed: list[list[int]], least: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes behind the last token of each row that has not ended and behind what is proposed: tokens and their
+    log-probabilities. begin: the place of the rows' first tokens; least: so many are proposed at least, if need be
+    fillers."""
+    end, begins = decode.rules.end, decode.rules.begin
     inputs = [[row.tokens[-1], *ours] for row, ours in zip(rows, proposed, strict=True)]
-    length = max(map(len, inputs))
+    length = max(1 + least, *map(len, inputs))
     lengths = [0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)]
     counting = [number * length + place for number, given in enumerate(lengths) for place in range(given)]
     given = (
-        torch.tensor([given + [rules.end] * (length - len(given)) for given in inputs]),
-        torch.tensor([[len(row.tokens) - 1] for row in rows]) + torch.arange(length),
+        torch.tensor([given + [end] * (length - len(given)) for given in inputs]),
+        torch.tensor([[begin + len(row.tokens) - 1] for row in rows]) + torch.arange(length),
         torch.tensor(counting),
-        torch.tensor([[rules.begin, *row.tokens][-2:] for row in rows]),
+        torch.tensor([[begins, *row.tokens][-2:] for row in rows]),
         torch.tensor([row.latest for row in rows]),
     )
     # to the device in one copy, for each of which a GPU would be waited for
-    sent = torch.cat([values.flatten() for values in given]).to(device).split([values.numel() for values in given])
-    inputs, places, counting, recent, latest = (one.view_as(other) for one, other in zip(sent, given, strict=True))
-    return inputs, places, counting, Said(recent, latest)
+    sent = torch.cat([values.flatten() for values in given]).to(decode.places.device)
+    sent = sent.split([values.numel() for values in given])
+    tokens, places, counting, recent, latest = (one.view_as(other) for one, other in zip(sent, given, strict=True))
+    return decode.next_of_some(tokens, places, int(given[1].max()) + 1, Said(recent, latest), counting)

@@ -85,7 +85,21 @@ def load_whisper(
     grammar = Grammar(tokenizer, is_multilingual(model, tokenizer), config.max_target_positions)
     complete_generation_config(model, grammar)
     window = Window.from_models(feature_extractor, model.config)
+    contiguous_states(model)
     return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
+
+
+def contiguous_states(model: WhisperForConditionalGeneration) -> None:
+    """Let a model's encoder layers hand on contiguous states.
+
+    transformers transposes what comes from the convolutions, and every sum and every norm behind them goes through
+    memory against its order: a quarter of the encoder's time on an H100.
+    """
+    model.get_encoder().layers[0].register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_layer, given: tuple) -> tuple:
+    return given[0].contiguous(), *given[1:]
 
 
 def encoder_states(encoder: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from distil_whisper import attention, greedy
+from distil_whisper import attention, steps
 from distil_whisper.attention import BY_PRODUCTS, attend
 from distil_whisper.models import load_whisper
+from distil_whisper.rules import Rules
 
 SDPA = "distil_whisper.attention.scaled_dot_product_attention"
 
@@ -123,12 +124,13 @@ def test_generate_works_with_products(pair, products, num_beams):
 
 def test_our_search_attends_by_products(pair, monkeypatch):
     model, seen = pair[0], []
-    monkeypatch.setattr(greedy, "attend", lambda *given: seen.append(given[0].shape[2]) or attend(*given))
+    monkeypatch.setattr(steps, "attend", lambda *given: seen.append(given[0].shape[2]) or attend(*given))
     encoded = torch.zeros(2, model.config.max_source_positions, model.config.d_model, dtype=torch.bfloat16)
     with torch.no_grad():
-        decode = greedy.DecoderSteps(model.model.decoder, encoded, 5)
-        decode(torch.tensor([[1, 2, 3]] * 2))
-        decode(torch.tensor([[4]] * 2))
+        rules = Rules(model.generation_config, model.config.vocab_size, 9, 10, False, "cpu")
+        decode = steps.DecoderSteps(model, rules, encoded, 5)
+        decode.first([1, 2, 3])
+        decode.next(rules.nothing_said(2))
     assert seen == [3] * 2 * model.config.decoder_layers + [1] * 2 * model.config.decoder_layers
 
 

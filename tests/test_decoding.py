@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers.generation.logits_process import (
     WhisperTimeStampLogitsProcessor,
 )
 
-from distil_whisper import decoding, greedy
+from distil_whisper import steps
 from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
+from distil_whisper.drafts import AT_ONCE
 from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper
 
@@ -91,42 +93,79 @@ def test_tokens_are_those_of_plain_generate(told, waveforms, timestamps, num_bea
 
 
 class RunAgain:
-    """What stands in for a CUDA graph on a CPU: the same memory for arguments and result, and the function's work."""
+    """What stands in for a CUDA graph on a CPU: the same memory for arguments and results, and the function's work."""
 
-    made = 0
+    made: ClassVar[list[tuple[int, int]]] = []  # shapes of the tokens
 
     def __init__(self, function, *arguments):
-        RunAgain.made += 1
+        RunAgain.made.append(tuple(arguments[0].shape))
         self.function, self.arguments = function, [argument.clone() for argument in arguments]
-        self.result = function(*self.arguments)
+        self.results = function(*self.arguments)
 
     def __call__(self, *arguments):
         for place, argument in zip(self.arguments, arguments, strict=True):
             place.copy_(argument)
-        return self.result.copy_(self.function(*self.arguments))
+        for place, result in zip(self.results, self.function(*self.arguments), strict=True):
+            place.copy_(result)
+        return self.results
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Turns a decoder into one with graphs; gives the shapes of the tokens of each graph that was made."""
+    monkeypatch.setattr(steps, "Replayed", RunAgain)
+    monkeypatch.setattr(steps, "SPAN", 8)  # so that the steps go through several
+    monkeypatch.setattr(RunAgain, "made", [])
+
+    def of(decoder):
+        decoder.cuda_graphs = True
+        return RunAgain.made
+
+    return of
+
+
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("timestamps", [False, True])
-def test_steps_of_one_shape_say_the_same(told, waveforms, monkeypatch, timestamps):
-    """As CUDA graphs have them. The graph is kept for batches of the same shape; with many rows there is none."""
+def test_steps_of_few_shapes_say_the_same(told, waveforms, graphs, timestamps, drafts):
+    """As CUDA graphs have them: of quarters of the rows, which are kept for the next batches."""
     whisper, words = told
-    quieter = 0.5 * waveforms.flip(0)
-    expected = [decode(whisper, words, given, return_timestamps=timestamps) for given in (waveforms, quieter)]
+    language, task = words.get("language"), words.get("task")
+    batches = waveforms, 0.5 * waveforms.flip(0)
+    expected = [decode(whisper, words, given, return_timestamps=timestamps) for given in batches]
     assert expected[0][::-1] != expected[1]
-    monkeypatch.setattr(greedy, "Replayed", RunAgain)
-    decoder, before = Decoder(whisper, max_label_length=LIMIT, return_timestamps=timestamps), RunAgain.made
-    decoder.cuda_graphs = True
-    for batch, rows, made in ((0, 1, 1), (0, 8, 2), (1, 8, 2), (0, 8, 2), (1, 3, 3)):
-        given = (waveforms, quieter)[batch][:rows]
-        found = decoder(given, words.get("language"), words.get("task"))
-        assert [row.ids for row in found] == [row.ids for row in expected[batch][:rows]]
-        logprobs = [row.avg_logprob for row in expected[batch][:rows]]
+    decoder = Decoder(whisper, max_label_length=LIMIT, return_timestamps=timestamps)
+    words_end = decoder.rules.begin if timestamps else float("inf")  # no draft has a timestamp
+    texts = [[" ".join(str(token) for token in row.ids if token < words_end) for row in of] for of in expected]
+    decoder._draft = lambda text, _language: [int(token) for token in text.split()]
+    made = graphs(decoder)
+    for number, rows in ((0, 1), (0, 8), (1, 8), (0, 3), (1, 5), (0, 8), (1, 1)):
+        given = texts[number][:rows] if drafts else None
+        found = decoder(batches[number][:rows], language, task, given)
+        wanted = expected[number][:rows]
+        assert [row.ids for row in found] == [row.ids for row in wanted]
+        logprobs = [row.avg_logprob for row in wanted]
         assert [row.avg_logprob for row in found] == pytest.approx(logprobs, abs=1e-4)
-        assert RunAgain.made == before + made
-    monkeypatch.setattr(decoding, "GRAPH_ROWS", 7)
-    found = decoder(waveforms, words.get("language"), words.get("task"))
-    assert [row.ids for row in found] == [row.ids for row in expected[0]]
-    assert RunAgain.made == before + 3
+        silent = [row.no_speech_prob for row in wanted]
+        assert [row.no_speech_prob for row in found] == pytest.approx(silent, rel=1e-3)
+    assert {rows for rows, _ in made} <= {1, 2, 4, 6, 8} and len({rows for rows, _ in made}) > 2
+    assert {length for _, length in made} <= ({1, 1 + AT_ONCE} if drafts else {1})
+    before = len(made)
+    decoder(batches[0], language, task, texts[0] if drafts else None)
+    assert len(made) == before  # as it was decoded before
+
+
+def test_rows_that_have_ended_leave_and_say_nothing_more(multilingual, waveforms, monkeypatch):
+    """Without graphs at once where they are a quarter; with them, a row that stays is not counted as running."""
+    kept, keep = [], steps.DecoderSteps.keep
+    monkeypatch.setattr(
+        steps.DecoderSteps, "keep", lambda decode, rows: kept.append((decode.rows, len(rows))) or keep(decode, rows)
+    )
+    words = {"language": "hi", "task": "transcribe"}
+    lengths = [len(row.ids) for row in decode(multilingual, words, waveforms)]
+    assert min(lengths) < max(lengths) and kept
+    assert all(after <= 0.75 * before for before, after in kept)
+    running = [sum(length >= step for length in lengths) for step in range(1, LIMIT)]
+    assert {after for _, after in kept} <= set(running)
 
 
 def recomputed_logprob(whisper, prefix, features, row, timestamps):
@@ -194,11 +233,6 @@ def test_a_multilingual_model_is_not_decoded_without_a_language(multilingual, wa
 def test_senseless_numbers_are_refused(multilingual, option):
     with pytest.raises(UserError, match="it must be 1 or more"):
         Decoder(multilingual, **option)
-
-
-def test_graphs_need_a_gpu(multilingual):
-    with pytest.raises(UserError, match="--cuda_graphs needs a GPU"):
-        Decoder(multilingual, cuda_graphs=True)
 
 
 def test_decoding_leaves_no_hook_on_the_model(multilingual, waveforms):

@@ -8,13 +8,14 @@ from conftest import write_audio_dataset
 from stages import ENGLISH, SPEAKERS, label, rows_of
 from test_decoding import LIMIT, enliven
 
-from distil_whisper import attention, drafts, greedy
+from distil_whisper import attention, drafts, steps
 from distil_whisper.audio import LogMel, stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.drafts import Row, drafted_search
 from distil_whisper.errors import UserError
-from distil_whisper.greedy import Rules, greedy_search
+from distil_whisper.greedy import greedy_search
 from distil_whisper.models import encoder_states, load_whisper
+from distil_whisper.rules import Rules
 
 TIME = 1000  # the first timestamp of rows that are made here
 
@@ -33,21 +34,23 @@ class Searches:
         config = self.model.generation_config
         vocabulary = self.model.config.vocab_size
         self.rules = Rules(config, vocabulary, grammar.end, grammar.no_timestamps, timestamps, self.encoded.device)
-        self.shapes, through = [], greedy.DecoderSteps._through
+        self.shapes, through = [], steps.DecoderSteps._through
 
-        def watched(steps, tokens, *others):
+        def watched(decode, tokens, *others, **options):
             self.shapes.append(tuple(tokens.shape))
-            return through(steps, tokens, *others)
+            return through(decode, tokens, *others, **options)
 
-        monkeypatch.setattr(greedy.DecoderSteps, "_through", watched)
+        monkeypatch.setattr(steps.DecoderSteps, "_through", watched)
 
     def __call__(self, texts=None, most=LIMIT):
         """What is found with drafts, or without."""
         self.shapes.clear()
+        room = len(self.prefix) + most + (-1 if texts is None else drafts.AT_ONCE)
+        with torch.no_grad():
+            decode = steps.DecoderSteps(self.model, self.rules, self.encoded, room)
         if texts is None:
-            steps = greedy.DecoderSteps(self.model.model.decoder, self.encoded, len(self.prefix) + most - 1)
-            return greedy_search(self.model, steps, self.prefix, self.rules, most)
-        return drafted_search(self.model, self.encoded, self.prefix, self.rules, most, texts, self.opening)
+            return greedy_search(decode, self.prefix, most)
+        return drafted_search(decode, self.prefix, most, texts, self.opening)
 
     def words(self, found):
         """The tokens of each row that a draft can have: not the end, and no timestamps where the rules place them."""
@@ -195,10 +198,10 @@ def test_a_search_with_the_texts_of_the_data(taught, utterances, monkeypatch):
     texts = [utterances[0].text.upper(), None, *(utterance.text for utterance in utterances[2:6])]
     assert [row.ids for row in decoder(waveforms, "en", "transcribe", texts)] == [row.ids for row in expected]
     assert seen == [(text, "en") for text in [texts[0].lower(), *texts[2:]]]
-    steps = []
-    monkeypatch.setattr("distil_whisper.decoding.drafted_search", lambda *given: steps.append(given))
+    asked = []
+    monkeypatch.setattr("distil_whisper.decoding.drafted_search", lambda *given: asked.append(given))
     assert [row.ids for row in decoder(waveforms, "en", "transcribe", [None] * 6)] == [row.ids for row in expected]
-    assert not steps  # nothing to read
+    assert not asked  # nothing to read
 
 
 def test_labels_are_the_same(taught, labelled, utterances, tmp_path, monkeypatch):
@@ -221,7 +224,6 @@ def test_labels_are_the_same(taught, labelled, utterances, tmp_path, monkeypatch
         (["--generation_num_beams", 2], "--draft_from_text is for greedy search with --backend torch"),
         (["--backend", "ctranslate2"], "--draft_from_text is for greedy search with --backend torch"),
         (["--task", "translate"], "--draft_from_text is for --task transcribe"),
-        (["--cuda_graphs"], "--cuda_graphs and --draft_from_text exclude each other"),
     ],
 )
 def test_what_drafts_do_not_go_with(toy_teacher, speech_folder, tmp_path, flags, sentence):
