@@ -13,7 +13,7 @@ from distil_whisper.models import encoder_states
 LEVELS = 5  # lengths of sound that the model tells apart: fifths of its window
 PREFIX = 3  # <|startoftranscript|>, language, task
 WORDS = [one + two for one in ("ba", "de", "ki", "lo", "mu", "na", "po") for two in ("fa", "gi", "hu", "je", "to")]
-SAYS, APART = 20, 8  # how loud positions name a token, and how far apart the levels of sound are
+SAYS, APART = 20, 12  # how loud positions name a token, and how far apart the levels of sound are
 
 
 def noise(parts: int, samples: int, draw: np.random.Generator) -> np.ndarray:
@@ -41,6 +41,7 @@ def save_talker(folder: Path, size: str, label_tokens: int, dtype: str) -> None:
     tokenizer = make_tokenizer([text], vocab_size=1000, fillers=of["vocabulary"] - len(small))
     with this_device():  # on a CPU the random numbers of large-v3 take longer than all else
         model = make_model(tokenizer, 30, of["d_model"], of["layers"], of["layers"], of["heads"], of["mels"], 448)
+    model.to(getattr(torch, dtype))
     extractor = WhisperFeatureExtractor(feature_size=of["mels"])
     words = tokenizer.encode(" " + " ".join(words_of(LEVELS, label_tokens)), add_special_tokens=False)
     begin, closing, end = tokenizer.convert_tokens_to_ids(["<|0.00|>", "<|29.98|>", "<|endoftext|>"])
@@ -56,9 +57,9 @@ def save_talker(folder: Path, size: str, label_tokens: int, dtype: str) -> None:
         for level in range(1, LEVELS + 1):
             last = label_tokens * level // LEVELS
             # louder than the word there, and where there is more sound than that not as loud
-            said[last - 2] += (SAYS + APART * (level - 0.2)) * tokens[closing]
+            said[last - 2] += (SAYS + APART * (level - 0.4)) * tokens[closing]
             said[last - 1] += SAYS / 2 * tokens[end]  # chosen where no word may follow
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     extractor.save_pretrained(folder)
 
@@ -71,12 +72,15 @@ def listen(model, extractor: WhisperFeatureExtractor, away_from: torch.Tensor) -
         sound = noise(parts, samples, draw)
         window[: len(sound)] = sound
     log_mel, encoder = LogMel(extractor).to(model.device), model.get_encoder().eval()
-    heard = encoder_states(encoder, log_mel(torch.from_numpy(windows).to(model.device))).mean(1)
+    features = log_mel(torch.from_numpy(windows).to(model.device)).to(model.dtype)
+    heard = encoder_states(encoder, features).double().mean(1)
     levels = torch.arange(LEVELS, dtype=torch.double, device=heard.device)
-    tells = torch.linalg.pinv(heard.double()) @ levels  # along it, the mean states of all levels go by equal steps
+    tells = torch.linalg.pinv(heard) @ levels  # along it, the mean states of all levels go by equal steps
     attention = model.model.decoder.layers[-1].encoder_attn
     for layer in (attention.q_proj, attention.v_proj, attention.out_proj):
         layer.weight.zero_()
         layer.bias.zero_()
-    attention.v_proj.weight[0] = tells
-    attention.out_proj.weight[:, 0] = -APART * away_from
+    for place in range(2):  # what rounding leaves of it, too
+        attention.v_proj.weight[place] = tells
+        tells = tells - attention.v_proj.weight[place].double()
+        attention.out_proj.weight[:, place] = -APART * away_from
