@@ -82,6 +82,7 @@ def in_turn(script: str, variants: Iterable[str], args, optional: Container[str]
     for _ in range(args.pairs):
         for name in list(runs):
             try:
+                print(f"running {name}", file=sys.stderr)
                 runs[name].append(in_own_process(script, name, args))
             except RuntimeError as error:
                 if name not in optional:

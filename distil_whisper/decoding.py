@@ -105,7 +105,9 @@ class Decoder:
         if self._steps is not None and len(encoded) <= self._steps.room:
             self._steps.begin(encoded)
             return self._steps
-        self._steps = None  # its memory is needed
+        if self._steps is not None:
+            self._steps.graphs.clear()  # which know it: its memory is needed
+            self._steps = None
         steps = DecoderSteps(self.model, self.rules, encoded, most, self.cuda_graphs)
         if self.cuda_graphs:
             self._steps = steps

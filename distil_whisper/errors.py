@@ -4,6 +4,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+import torch
+
 
 class UserError(Exception):
     """A mistake that the user can mend: its message is one sentence with what was found and what is allowed."""
@@ -18,13 +20,21 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run a script's main: a UserError and Ctrl-C become a line on stderr, and exit codes 2 and 130."""
+    """Run a script's main: a UserError, a full GPU and Ctrl-C become a line on stderr, and exit codes 2, 2 and 130."""
     try:
         main()
     except UserError as error:
         # A DataLoader's worker sends its traceback along: the sentence stands behind the last name of the class.
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {str(error).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
+            "--per_device_eval_batch_size), with which a run that is started again goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)

@@ -1,11 +1,13 @@
 import copy
+import gc
 import json
 import shutil
+import weakref
 from typing import ClassVar
 
 import pytest
 import torch
-from transformers import BertConfig
+from transformers import BertConfig, WhisperForConditionalGeneration
 from transformers.generation.logits_process import (
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -154,8 +156,29 @@ def test_steps_of_few_shapes_say_the_same(told, waveforms, graphs, timestamps, d
     assert len(made) == before  # as it was decoded before
 
 
-def test_rows_that_have_ended_leave_and_say_nothing_more(multilingual, waveforms, monkeypatch):
-    """Without graphs at once where they are a quarter; with them, a row that stays is not counted as running."""
+def test_a_larger_batch_takes_the_place_of_the_steps_before(multilingual, waveforms, graphs):
+    """Their memory is free before its own is taken, which a garbage collector may not do in time."""
+    decoder, before, begin = Decoder(multilingual, max_label_length=3), [], steps.DecoderSteps.__init__
+    graphs(decoder)
+
+    def watched(self, *given):
+        assert all(one() is None for one in before)
+        before.append(weakref.ref(self))
+        begin(self, *given)
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps.DecoderSteps, "__init__", watched)
+            for rows in (1, 3, 8, 2):
+                decoder(waveforms[:rows], "hi", "transcribe")
+    finally:
+        gc.enable()
+    assert len(before) == 3
+
+
+def test_rows_that_have_ended_leave(multilingual, waveforms, monkeypatch):
+    """Once they are a quarter."""
     kept, keep = [], steps.DecoderSteps.keep
     monkeypatch.setattr(
         steps.DecoderSteps, "keep", lambda decode, rows: kept.append((decode.rows, len(rows))) or keep(decode, rows)
@@ -166,6 +189,23 @@ def test_rows_that_have_ended_leave_and_say_nothing_more(multilingual, waveforms
     assert all(after <= 0.75 * before for before, after in kept)
     running = [sum(length >= step for length in lengths) for step in range(1, LIMIT)]
     assert {after for _, after in kept} <= set(running)
+
+
+def test_a_search_ends_with_its_longest_row(multilingual, waveforms, graphs, monkeypatch):
+    """What is said behind an end, or by rows that are there for their number alone, keeps no search going."""
+    asked, following = [], steps.DecoderSteps.next
+    monkeypatch.setattr(steps.DecoderSteps, "next", lambda *given: asked.append(0) or following(*given))
+    decoder = Decoder(multilingual, max_label_length=LIMIT)
+    found = decoder(waveforms, "hi", "transcribe")
+    short = [place for place, row in enumerate(found) if not row.truncated]
+    lengths = [len(found[place].ids) for place in short]
+    assert 2 <= len(short) < len(waveforms) and min(lengths) < max(lengths) < LIMIT - 1
+    for _ in range(2):
+        asked.clear()
+        decoder(waveforms[short], "hi", "transcribe")
+        assert len(asked) == max(lengths)
+        graphs(decoder)
+        decoder(waveforms, "hi", "transcribe")  # with it, the next one has rows to spare
 
 
 def recomputed_logprob(whisper, prefix, features, row, timestamps):
@@ -214,6 +254,20 @@ def test_the_limit_counts_tokens_after_the_prefix_and_ends_at_the_positions(mult
         longest = decode(multilingual, words, waveforms, max_label_length=limit)
         assert max(len(row.ids) for row in longest) == positions - 4  # four tokens of prefix
         assert {row.truncated for row in longest} == {True, False}
+
+
+@torch.no_grad()
+def test_the_encoder_hands_on_contiguous_states(toy_teacher, waveforms):
+    """And computes what transformers' own does."""
+    whisper = load_whisper(str(toy_teacher), device="cpu")
+    plain = WhisperForConditionalGeneration.from_pretrained(toy_teacher).get_encoder().eval()
+    seen = []
+    for layer in whisper.model.get_encoder().layers:
+        layer.self_attn_layer_norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].is_contiguous()))
+    features = features_of(whisper, waveforms)
+    found = whisper.model.get_encoder()(features).last_hidden_state
+    assert seen == [True] * whisper.model.config.encoder_layers
+    assert torch.equal(found, plain(features).last_hidden_state)
 
 
 def test_half_precision_gives_finite_confidence(toy_teacher, waveforms):

@@ -1,6 +1,7 @@
 """What the user sees of a mistake: one sentence on stderr, exit code 2."""
 
 import pytest
+import torch
 from torch._utils import ExceptionWrapper
 
 from distil_whisper.errors import UserError, exit_on_user_error, nearest
@@ -47,6 +48,23 @@ def test_ctrl_c_is_one_line_and_its_exit_code(capsys):
         exit_on_user_error(interrupted)
     assert ended.value.code == 130
     assert capsys.readouterr() == ("", "stopped by Ctrl-C; what is finished is kept\n")
+
+
+def test_a_full_gpu_is_one_line_with_what_to_do(capsys):
+    def filled():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 296.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which "
+            "254.19 MiB is free."
+        )
+
+    with pytest.raises(SystemExit) as ended:
+        exit_on_user_error(filled)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: CUDA out of memory. Tried to allocate 296.00 MiB; give a smaller batch (--per_device"
+    )
+    assert said.count("\n") == 1
 
 
 def test_errors_of_ours_keep_their_traceback():
