@@ -19,7 +19,8 @@ from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.drafts import AT_ONCE
 from distil_whisper.errors import UserError
-from distil_whisper.models import load_whisper
+from distil_whisper.models import encoder_states, load_whisper
+from distil_whisper.rules import Said
 
 LIMIT = 20
 
@@ -191,21 +192,21 @@ def test_rows_that_have_ended_leave(multilingual, waveforms, monkeypatch):
     assert {after for _, after in kept} <= set(running)
 
 
-def test_a_search_ends_with_its_longest_row(multilingual, waveforms, graphs, monkeypatch):
-    """What is said behind an end, or by rows that are there for their number alone, keeps no search going."""
-    asked, following = [], steps.DecoderSteps.next
-    monkeypatch.setattr(steps.DecoderSteps, "next", lambda *given: asked.append(0) or following(*given))
+@torch.no_grad()
+def test_rows_that_have_ended_say_the_end_again(multilingual, waveforms, graphs):
+    """And those that are there for their number alone from the first: they must not seem to run on."""
     decoder = Decoder(multilingual, max_label_length=LIMIT)
-    found = decoder(waveforms, "hi", "transcribe")
-    short = [place for place, row in enumerate(found) if not row.truncated]
-    lengths = [len(found[place].ids) for place in short]
-    assert 2 <= len(short) < len(waveforms) and min(lengths) < max(lengths) < LIMIT - 1
-    for _ in range(2):
-        asked.clear()
-        decoder(waveforms[short], "hi", "transcribe")
-        assert len(asked) == max(lengths)
-        graphs(decoder)
-        decoder(waveforms, "hi", "transcribe")  # with it, the next one has rows to spare
+    graphs(decoder)
+    rules = decoder.rules
+    rules.always = rules.at_first = torch.tensor([rules.end])  # the model itself never says it
+    states = encoder_states(multilingual.model.get_encoder(), features_of(multilingual, waveforms))
+    decode = decoder._steps_of(states, 10)
+    decode.begin(states[:3])
+    chosen, _, _ = decode.first([1, 2, 3])
+    assert (chosen == rules.end).tolist() == [False, False, False, True]
+    said = Said(torch.tensor([[4, 5], [4, rules.end], [rules.end, 6], [4, rules.end]]), torch.full((4,), rules.end))
+    found, _ = decode.next(said)
+    assert (found == rules.end).tolist() == [False, True, False, True]
 
 
 def recomputed_logprob(whisper, prefix, features, row, timestamps):
