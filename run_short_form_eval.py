@@ -53,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
             num_beams=args.generation_num_beams,
             max_label_length=args.generation_max_length,
             return_timestamps=args.return_timestamps,
-            cuda_graphs=True,
         )
         splits = open_sets(args, whisper)
         evaluator = Evaluator(

@@ -102,14 +102,13 @@ class Decoder:
 
     def _steps_of(self, encoded: torch.Tensor, most: int) -> DecoderSteps:
         """The decoder at its beginning: the one before, if there are graphs of it and the batch is no larger."""
-        if self._steps is not None and len(encoded) <= self._steps.room:
+        graphs = self.cuda_graphs and not torch.is_autocast_enabled(encoded.device.type)  # whose copies of weights go
+        if graphs and self._steps is not None and len(encoded) <= self._steps.room:
             self._steps.begin(encoded)
             return self._steps
-        if self._steps is not None:
-            self._steps.graphs.clear()  # which know it: its memory is needed
-            self._steps = None
-        steps = DecoderSteps(self.model, self.rules, encoded, most, self.cuda_graphs)
-        if self.cuda_graphs:
+        self._steps = None  # its memory is needed
+        steps = DecoderSteps(self.model, self.rules, encoded, most, graphs)
+        if graphs:
             self._steps = steps
         return steps
 

@@ -28,14 +28,23 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
         sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Exception as error:
+        if (full := _full_gpu(error)) is None:
+            raise
         print(
-            f"error: {str(error).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
+            f"error: {str(full).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
             "--per_device_eval_batch_size), with which a run that is started again goes on",
             file=sys.stderr,
             flush=True,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)
-        sys.exit(130)
+
+
+def _full_gpu(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The error of a full GPU behind another one, such as that of a graph which could not be captured then."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error

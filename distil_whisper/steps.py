@@ -18,21 +18,21 @@ SPAN = 128  # and for multiples of so many places: few graphs, and little work i
 class Replayed:
     """A function of tensors as a CUDA graph: its hundreds of kernels are launched as one.
 
-    What else it reads and writes must stay where it is, and writing it twice must do no harm.
+    What else it reads and writes must stay where it is, as long as this is used, and writing it twice must do no harm.
+    beside: an earlier one, which never runs at the same time, and whose memory for what is computed on the way it
+    shares.
     """
 
-    def __init__(self, function: Callable, *arguments: torch.Tensor):
-        self.function = function  # with the tensors that it knows
+    def __init__(self, beside: "Replayed | None", function: Callable, *arguments: torch.Tensor):
         self.arguments = [argument.clone() for argument in arguments]
-        before, (beside, pool) = torch.cuda.current_stream(), _stream_and_pool()
-        beside.wait_stream(before)
-        with torch.cuda.stream(
-            beside
-        ):  # once outside of the graph: the libraries then have their workspaces and plans
+        before, stream = torch.cuda.current_stream(), _stream_of_graphs()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):  # once outside of the graph, for the libraries' workspaces and plans
             function(*self.arguments)
-        before.wait_stream(beside)
+        before.wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool, beside, capture_error_mode="thread_local"):
+        pool = beside and beside.graph.pool()
+        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             self.results = function(*self.arguments)
 
     def __call__(self, *arguments: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -44,10 +44,9 @@ class Replayed:
 
 
 @functools.cache
-def _stream_and_pool():
-    """The stream that all graphs are captured on, as libraries keep a workspace for each, and the memory of what they
-    compute on the way: one runs at a time."""
-    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+def _stream_of_graphs():
+    """The stream that all graphs are captured on: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream()
 
 
 class DecoderSteps:
@@ -76,15 +75,17 @@ class DecoderSteps:
             shape = [self.room, keys.shape[1], encoded.shape[1], keys.shape[3]]
             self.heard.append((keys.new_empty(shape), keys.new_empty(shape)))
             shape[2] = len(self.places)
-            self.said.append((keys.new_zeros(shape), keys.new_zeros(shape)))  # what a mask hides must be a number
+            self.said.append((keys.new_empty(shape), keys.new_empty(shape)))
         self.begin(encoded)
 
     def begin(self, encoded: torch.Tensor) -> None:
         """Begin anew, with these encoder states. For graphs there may be more `rows` than they have: what those say
         is of no use."""
         self.count, self.rows, self.length = len(encoded), self.rows_for(len(encoded)), 0
-        for layer, caches in zip(self.model.model.decoder.layers, self.heard, strict=True):
+        for layer, caches, said in zip(self.model.model.decoder.layers, self.heard, self.said, strict=True):
             attention = layer.encoder_attn
+            for cache in said:
+                cache.zero_()  # what a mask hides must be a number, whatever was said before
             for cache, project in zip(caches, (attention.k_proj, attention.v_proj), strict=True):
                 cache[: self.count] = _heads(project(encoded), attention)
 
@@ -140,14 +141,15 @@ class DecoderSteps:
         """The step of tokens, places, and what was said before them as a graph."""
         seen = self._seen(length)
         key = (*(argument.shape for argument in arguments[:2]), seen)
-
-        def step(tokens, places, recent, latest):
-            hidden = self._through(tokens, places, seen, masked=True)
-            return self._chosen(hidden.flatten(0, 1), Said(recent, latest).along(tokens[:, 1:]))
-
         if key not in self.graphs:
-            self.graphs[key] = Replayed(step, *arguments)
+            beside = next(iter(self.graphs.values()), None)
+            self.graphs[key] = Replayed(beside, functools.partial(self._step, seen), *arguments)
         return self.graphs[key](*arguments)
+
+    def _step(self, seen: int, tokens: torch.Tensor, places: torch.Tensor, recent: torch.Tensor, latest: torch.Tensor):
+        """`next_of_some`, for all of the tokens."""
+        hidden = self._through(tokens, places, seen, masked=True)
+        return self._chosen(hidden.flatten(0, 1), Said(recent, latest).along(tokens[:, 1:]))
 
     def _seen(self, length: int) -> int:
         """How many places are looked at where a mask hides what is behind so many."""

@@ -1,6 +1,7 @@
 import copy
 import gc
 import json
+import math
 import shutil
 import weakref
 from typing import ClassVar
@@ -15,6 +16,7 @@ from transformers.generation.logits_process import (
 )
 
 from distil_whisper import steps
+from distil_whisper.attention import attend
 from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.drafts import AT_ONCE
@@ -96,19 +98,23 @@ def test_tokens_are_those_of_plain_generate(told, waveforms, timestamps, num_bea
 
 
 class RunAgain:
-    """What stands in for a CUDA graph on a CPU: the same memory for arguments and results, and the function's work."""
+    """What stands in for a CUDA graph on a CPU: the same memory for arguments and results, and the function's work.
+
+    As a graph it does not keep the steps alive that it is a function of.
+    """
 
     made: ClassVar[list[tuple[int, int]]] = []  # shapes of the tokens
 
-    def __init__(self, function, *arguments):
+    def __init__(self, beside, function, *arguments):
         RunAgain.made.append(tuple(arguments[0].shape))
-        self.function, self.arguments = function, [argument.clone() for argument in arguments]
+        self.step, self.told = weakref.WeakMethod(function.func), function.args
+        self.arguments = [argument.clone() for argument in arguments]
         self.results = function(*self.arguments)
 
     def __call__(self, *arguments):
         for place, argument in zip(self.arguments, arguments, strict=True):
             place.copy_(argument)
-        for place, result in zip(self.results, self.function(*self.arguments), strict=True):
+        for place, result in zip(self.results, self.step()(*self.told, *self.arguments), strict=True):
             place.copy_(result)
         return self.results
 
@@ -127,7 +133,7 @@ def graphs(monkeypatch):
     return of
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", ["none", "right", "wrong, for every other batch"])
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_steps_of_few_shapes_say_the_same(told, waveforms, graphs, timestamps, drafts):
     """As CUDA graphs have them: of quarters of the rows, which are kept for the next batches."""
@@ -141,8 +147,21 @@ def test_steps_of_few_shapes_say_the_same(told, waveforms, graphs, timestamps, d
     texts = [[" ".join(str(token) for token in row.ids if token < words_end) for row in of] for of in expected]
     decoder._draft = lambda text, _language: [int(token) for token in text.split()]
     made = graphs(decoder)
-    for number, rows in ((0, 1), (0, 8), (1, 8), (0, 3), (1, 5), (0, 8), (1, 1)):
-        given = texts[number][:rows] if drafts else None
+    for number, rows in (
+        (0, 1),
+        (1, 3),
+        (0, 2),
+        (0, 7),
+        (0, 6),
+        (0, 8),
+        (1, 8),
+        (0, 3),
+        (1, 5),
+        (0, 8),
+        (1, 1),
+        (1, 7),
+    ):
+        given = {"none": None, "right": texts[number][:rows]}.get(drafts, [["9 8 7 6"] * rows, None][number])
         found = decoder(batches[number][:rows], language, task, given)
         wanted = expected[number][:rows]
         assert [row.ids for row in found] == [row.ids for row in wanted]
@@ -150,10 +169,10 @@ def test_steps_of_few_shapes_say_the_same(told, waveforms, graphs, timestamps, d
         assert [row.avg_logprob for row in found] == pytest.approx(logprobs, abs=1e-4)
         silent = [row.no_speech_prob for row in wanted]
         assert [row.no_speech_prob for row in found] == pytest.approx(silent, rel=1e-3)
-    assert {rows for rows, _ in made} <= {1, 2, 4, 6, 8} and len({rows for rows, _ in made}) > 2
-    assert {length for _, length in made} <= ({1, 1 + AT_ONCE} if drafts else {1})
+    assert {rows for rows, _ in made} <= {1, 2, 3, 4, 6, 7, 8} and len({rows for rows, _ in made}) > 2
+    assert {length for _, length in made} <= ({1} if drafts == "none" else {1, 1 + AT_ONCE})
     before = len(made)
-    decoder(batches[0], language, task, texts[0] if drafts else None)
+    decoder(batches[1], language, task, texts[1] if drafts == "right" else None)
     assert len(made) == before  # as it was decoded before
 
 
@@ -190,6 +209,43 @@ def test_rows_that_have_ended_leave(multilingual, waveforms, monkeypatch):
     assert all(after <= 0.75 * before for before, after in kept)
     running = [sum(length >= step for length in lengths) for step in range(1, LIMIT)]
     assert {after for _, after in kept} <= set(running)
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_a_window_that_overflows_harms_no_other(multilingual, waveforms, graphs, timestamps):
+    """In its batch or in later ones, which are given the same memory."""
+    decoder = Decoder(multilingual, max_label_length=LIMIT, return_timestamps=timestamps)
+    expected = [row.ids for row in decoder(waveforms, "hi", "transcribe")]
+    graphs(decoder)
+    spoilt = waveforms.clone()
+    spoilt[2] *= 1e25
+    for given in (waveforms, spoilt, waveforms, waveforms):
+        found = decoder(given, "hi", "transcribe")
+        harmed = [place for place, row in enumerate(found) if row.ids != expected[place]]
+        assert harmed == [2] * (given is spoilt)
+        assert all(math.isfinite(row.avg_logprob) for row in found) or given is spoilt
+
+
+def test_there_are_no_graphs_under_autocast(multilingual, waveforms, graphs):
+    """Its copies of weights are thrown away, and a graph would read where they were."""
+    decoder = Decoder(multilingual, max_label_length=3)
+    made = graphs(decoder)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder(waveforms[:2], "hi", "transcribe")
+    assert not made and decoder._steps is None
+
+
+def test_cudnn_makes_no_plan_for_each_length(multilingual, waveforms, graphs, monkeypatch):
+    """It attends where there are graphs, whose lengths are few, and not where keys grow with each step."""
+    allowed = []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    monkeypatch.setattr(steps, "attend", lambda *given: allowed.append(enabled()) or attend(*given))
+    decoder = Decoder(multilingual, max_label_length=3)
+    for expected in (False, enabled()):
+        decoder(waveforms[:2], "hi", "transcribe")
+        assert set(allowed) == {expected}
+        allowed.clear()
+        graphs(decoder)
 
 
 @torch.no_grad()

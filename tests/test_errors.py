@@ -50,8 +50,18 @@ def test_ctrl_c_is_one_line_and_its_exit_code(capsys):
     assert capsys.readouterr() == ("", "stopped by Ctrl-C; what is finished is kept\n")
 
 
-def test_a_full_gpu_is_one_line_with_what_to_do(capsys):
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_full_gpu_is_one_line_with_what_to_do(capsys, captured):
+    """Also where it ended the capture of a graph, which has an error of its own."""
+
     def filled():
+        try:
+            fill()
+        finally:
+            if captured:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    def fill():
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 296.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which "
             "254.19 MiB is free."
