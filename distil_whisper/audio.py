@@ -16,6 +16,7 @@ from torch import nn
 from distil_whisper.errors import UserError
 
 ENCODER_STRIDE = 2  # log-mel frames to one position of Whisper's encoder
+LOUDEST = 1e12  # samples; sound has 1, and the squares of a spectrum of much more are infinite
 LOG_FLOOR, LOG_RANGE = 1e-10, 8.0  # smallest mel power, and how many powers of ten below the loudest are kept
 _BLOCK = 1 << 20  # samples read at once: a header may claim any length, what is there decides
 _UNKNOWN_LENGTH = 1 << 40  # a header that claims more frames than this does not know
@@ -32,7 +33,8 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
 
     audio is the bytes of a file, a path, or what datasets calls an undecoded audio: {"bytes", "path"}; a decoded one,
     {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels.
-    Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN or infinity.
+    Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN, infinity, or
+    numbers that no sound has.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
         samples, rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
@@ -40,8 +42,11 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
     else:
         with _opened(audio) as file:
             samples, rate = _mono(file), file.samplerate
-    if not np.isfinite(samples).all():
+    peak = np.abs(samples).max(initial=0.0)
+    if not np.isfinite(peak):
         raise AudioError("NaN or infinite samples")
+    if peak > LOUDEST:
+        raise AudioError(f"samples of {peak:.0e}")
     if rate != sampling_rate and len(samples):
         samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
     if not len(samples):

@@ -8,7 +8,7 @@ import soundfile
 import torch
 from transformers import WhisperConfig, WhisperFeatureExtractor
 
-from distil_whisper.audio import AudioError, LogMel, Window, decode, duration, encode, stack
+from distil_whisper.audio import LOUDEST, AudioError, LogMel, Window, decode, duration, encode, stack
 from distil_whisper.errors import UserError
 
 RATE = 16_000
@@ -106,6 +106,14 @@ def test_samples_that_are_not_numbers_are_refused(value, rate):
     samples[100] = value
     with pytest.raises(AudioError, match="NaN or infinite samples"):
         decode(encoded(samples, rate, subtype="FLOAT"), RATE)
+
+
+def test_samples_so_loud_that_a_spectrum_overflows_are_refused():
+    loudest = tone(RATE) / np.abs(tone(RATE)).max() * LOUDEST
+    heard = decode(encoded(loudest, RATE, subtype="FLOAT"), RATE)
+    assert torch.isfinite(LogMel(WhisperFeatureExtractor())(torch.from_numpy(heard)[None])).all()
+    with pytest.raises(AudioError, match="samples of 2e\\+12"):
+        decode(encoded(2 * loudest, RATE, subtype="FLOAT"), RATE)
 
 
 def test_files_of_the_disk_that_cannot_be_read(tmp_path):
