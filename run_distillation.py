@@ -234,6 +234,8 @@ def check_numbers(args: Arguments) -> None:
         for name in names:
             if not is_right(getattr(args, name)):
                 raise UserError(f"--{name} is {getattr(args, name)}; it must be {allowed}")
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise UserError(f"--max_steps is {args.max_steps}; it must be 1 or more, or -1 for --num_train_epochs")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise UserError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be above 0, or give --max_steps")
     slowest, fastest = args.speed_perturbation
@@ -441,7 +443,7 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
             base=args.teacher_model_name_or_path if args.kl_weight else args.model_name_or_path,
             relation="Teacher" if args.kl_weight else "Trained from",
             description=describe(args),
-            arguments=public_arguments(args),
+            arguments={**public_arguments(args), **folder.arguments()["arguments"]},
             datasets=[name for name in split_plus(args.train_dataset_name) if name],
             languages=[args.language] if args.language else [],
             results=results(run),
@@ -526,10 +528,10 @@ def go_on(run: Training, max_steps: int) -> None:
             run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")
 
 
-def note_arguments(run: Training, folder: OutputFolder) -> None:
+def note_arguments(run: Training, folder: OutputFolder, max_steps: int) -> None:
     """Keep the arguments that decide what is learnt. Where a run goes on with others, say so, now and in the card."""
-    if not run.accelerator.is_main_process:
-        return
+    if not run.accelerator.is_main_process or run.state.step >= max_steps:
+        return  # where nothing is left to train, those that it was trained with stay
     now = {name: value for name, value in public_arguments(run.args).items() if name not in MAY_CHANGE}
     kept = (run.state.step and folder.arguments()) or {"arguments": now, "changed": []}
     before = kept["arguments"]
@@ -587,7 +589,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     run.data = Mixture(args, sets, maker, run.collator, share)
     max_steps = steps_to_train(args, run.data.batches_per_epoch)
     go_on(run, max_steps)
-    note_arguments(run, folder)
+    note_arguments(run, folder, max_steps)
     run.trackers = open_trackers(run, folder)
     train(run, max_steps)
     run.checkpoints.finish()

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.optim.lr_scheduler import LambdaLR
 
 from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper, write_whisper
@@ -86,7 +87,7 @@ class Checkpoints:
         self.finish()
         moments = _copied(_flat(moments), accelerator)
         state = copy.deepcopy(state)
-        scheduled = {name: value for name, value in scheduler.state_dict().items() if name != "lr_lambdas"}
+        scheduled = {"last_epoch": scheduler.last_epoch}
         self._writing = self._writer.submit(self._write, student, weights, moments, scheduled, state)
 
     def finish(self) -> None:
@@ -119,9 +120,7 @@ class Checkpoints:
             state.setdefault(parameter, {})[kind] = tensor
         moments = {**moments, "state": state}
         set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
-        scheduler.load_state_dict({**scheduler.state_dict(), **stored["scheduler"]})
-        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate  # a schedule sets it with its next step only
+        _go_to(stored["scheduler"]["last_epoch"], scheduler, optimizer)
         state = TrainerState(**stored["state"])
         state.figures = {int(step): value for step, value in state.figures.items()}
         return state
@@ -160,6 +159,16 @@ class Checkpoints:
     def _load_weights(self, path: Path, model) -> None:
         weights = {_STUDENT + name: tensor for name, tensor in load_file(path / MODEL_FILE).items()}
         set_model_state_dict(model, weights, options=replace(_FULL, strict=False))  # tied weights are saved once
+
+
+def _go_to(step: int, scheduler: LambdaLR, optimizer) -> None:
+    """Put a schedule at a step, with the learning rate that it has now, which may not be that of the checkpoint."""
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict(
+        {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    )
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # a schedule sets it with its next step only
 
 
 def student_weights(model, everywhere: bool = False) -> dict[str, torch.Tensor]:

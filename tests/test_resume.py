@@ -202,19 +202,36 @@ def test_a_run_that_goes_on_with_other_arguments_says_which(student, labelled, t
     folder = train_few(student, labelled, tmp_path / "out", *flags)
     assert "Arguments that changed" not in (folder / "README.md").read_text()
     changed = ["--learning_rate", 0.003, "--max_steps", 5, "--logging_steps", 2]
-    for more in (changed, [*changed, "--report_to", "none"], [*flags, "--max_steps", 2]):
+    for more in (
+        changed,
+        [*changed, "--report_to", "none"],
+        ["--max_steps", 6],
+        ["--learning_rate", 9, "--max_steps", 2],
+    ):
         train_few(student, labelled, folder, *flags, *more)
     said = capsys.readouterr().out
     assert said.count("going on with other arguments than before") == 2
     for change in ("learning_rate was 0.001 and is 0.003", "learning_rate was 0.003 and is 0.001"):
         assert change in said
-    for change in ("max_steps was 4 and is 5", "max_steps was 5 and is 2"):
+    for change in ("max_steps was 4 and is 5", "max_steps was 5 and is 6"):
         assert change in said
     assert "logging_steps was" not in said and "nothing is left to train: 2 steps were asked for" in said
     card = (folder / "README.md").read_text()
     assert "Arguments that changed on the way: from step 4 on, " in card and "; from step 5 on, " in card
+    assert "0.003" in card and "`9.0`" not in card and "9.0 |" not in card  # nothing was trained with it
     train_few(student, labelled, folder, *flags, "--overwrite_output_dir")
     assert "Arguments that changed" not in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rate", [3e-3, 0])
+def test_a_run_that_goes_on_with_another_learning_rate_learns_at_it(student, labelled, tmp_path, rate):
+    flags = [*ENGLISH, "--kl_weight", 0, "--lr_scheduler_type", "constant"]
+    folder = train_few(student, labelled, tmp_path / "out", *flags)
+    before = weights(folder)
+    train_few(student, labelled, folder, *flags, "--learning_rate", rate, "--max_steps", 6)
+    rates = [line["train/learning_rate"] for line in metrics(folder, "train/loss")]
+    assert rates == [1e-3] * 4 + [rate] * 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(folder).items()) == (not rate)
 
 
 def test_arguments_that_may_change_are_arguments():
