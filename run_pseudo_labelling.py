@@ -350,7 +350,7 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
         return
     for row in rows:
         unit.file.write(row)
-    count(pace, unit, sum(row["duration"] for row in rows))
+    count(pace, unit, rows)
     steps, before = job.args.logging_steps, job.batches
     job.batches += -(-len(rows) // job.args.per_device_eval_batch_size)
     if job.batches // steps > before // steps:
@@ -361,11 +361,16 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
         job.trackers.log(pace.metrics(), job.batches)
 
 
-def count(pace: Pace, unit: ShardAtWork, seconds: float) -> None:
-    """Count seconds of audio that were labelled, and the rows of their unit that were read meanwhile."""
-    read = unit.tally.read
-    pace.add(read - unit.counted, seconds, unit.file.shard.stem)
-    unit.counted = read
+def count(pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
+    """Count what was labelled: seconds of audio, and the rows of the input that it is of, which None says are all.
+
+    Reading is ahead of that. Of a row that was cut into windows, each counts until all that was read are counted.
+    """
+    labelled = unit.tally.read
+    if rows is not None:
+        labelled = min(unit.counted + sum(len(row.get("utterance_ids") or "1") for row in rows), labelled)
+    pace.add(labelled - unit.counted, sum(row["duration"] for row in rows or ()), unit.file.shard.stem)
+    unit.counted = labelled
 
 
 def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
@@ -375,7 +380,7 @@ def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
     """
     tally, shard = unit.tally, unit.file.shard
     unit.finished = True
-    count(pace, unit, 0.0)
+    count(pace, unit, None)
     if unit.problem is not None:
         tqdm.write(f"{shard.name} is left out: {unit.problem}")
         unit.file.drop()

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from distil_whisper.errors import UserError
 
 RECORDS = ".distil_whisper"  # below the output folder: what each stage wrote, and the lock of a stage that runs
@@ -62,7 +64,8 @@ class OutputFolder:
         Each calls it once, after all of them have opened the folder.
         """
         if self._lock is None:
-            self._lock = os.open(self.path / RECORDS / f"{self.stage}.lock", os.O_RDWR)
+            self._lock = os.open(self.path / RECORDS / f"{self.stage}.lock", os.O_RDWR | os.O_APPEND)
+            os.write(self._lock, f"{os.getpid()}\n".encode())
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def claim(self, *names: str, shared: bool = False) -> None:
@@ -136,14 +139,16 @@ class OutputFolder:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(descriptor, 64, 0).decode() or "unknown"
+            known = os.pread(descriptor, 1 << 16, 0).decode().split()
             os.close(descriptor)
+            alive = [process for process in known if psutil.pid_exists(int(process))]
+            named = ", ".join(alive or known) or "unknown"  # those of another machine are not alive here
             raise UserError(
-                f"another run of this stage (process {owner}) is writing into {self.path}; wait for it or stop it, "
+                f"another run of this stage (process {named}) is writing into {self.path}; wait for it or stop it, "
                 f"or choose another {self.flag}"
             ) from None
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         return descriptor
 
     def _remove_halves(self) -> None:

@@ -140,12 +140,14 @@ def test_a_process_that_outlives_the_main_one_keeps_others_out(tmp_path):
         pass
 
 
-LOCKING = "import sys; from distil_whisper.outputs import OutputFolder; f = OutputFolder(sys.argv[1], sys.argv[2]); "
+LOCKING = "import sys; from distil_whisper.outputs import OutputFolder as Folder; f = Folder(sys.argv[1], sys.argv[2], {}); "
+    "import sys; from distil_whisper.outputs import OutputFolder; f = OutputFolder(sys.argv[1], sys.argv[2], {}); "
+)
 
 
-def in_another_process(path, then):
+def in_another_process(path, then, options=""):
     """A process that opens the folder, says so, and waits for a line."""
-    command = [sys.executable, "-c", LOCKING + then, str(path), STAGE]
+    command = [sys.executable, "-c", LOCKING.format(options) + then, str(path), STAGE]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -158,6 +160,20 @@ def test_the_lock_holds_between_processes_and_dies_with_its_owner(tmp_path):
     with OutputFolder(tmp_path, STAGE), in_another_process(tmp_path, "") as other:
         _, error = other.communicate()
         assert other.returncode != 0 and f"process {os.getpid()}" in error.decode()
+
+
+def test_the_process_that_lives_is_named(tmp_path):
+    """A launcher was killed together with the main process, but not the other one."""
+    then = "f.share(); print('locked', flush=True); input()"
+    with in_another_process(tmp_path, then) as main:
+        assert main.stdout.readline() == b"locked\n"
+        with in_another_process(tmp_path, then, "main=False") as other:
+            assert other.stdout.readline() == b"locked\n"
+            main.kill()
+            main.wait()
+            with pytest.raises(UserError, match=f"another run of this stage .process {other.pid}. is writing"):
+                OutputFolder(tmp_path, STAGE)
+            other.kill()
 
 
 def test_other_ranks_write_no_record_and_take_no_lock(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import fsspec
 import jiwer
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_audio_dataset
@@ -113,6 +114,13 @@ def test_the_script_tells_progress_by_rows_and_hours(taught, speech_folder, tmp_
     assert lines[-1]["audio_hours"] == pytest.approx(whole["default/train/hours"], abs=1e-3)
     said = capsys.readouterr().out  # no terminal, no bar
     assert "default/train-00001-of-00002.parquet: 6 windows labelled; in all 18 of 24 rows, " in said
+
+
+def test_progress_counts_what_is_labelled_though_reading_is_ahead(taught, speech_folder, tmp_path):
+    flags = ["--logging_steps", 1, "--per_device_eval_batch_size", 1, "--dataloader_num_workers", 3]
+    folder = label(taught, speech_folder, tmp_path, *ENGLISH, *SPEAKERS, "--concatenate_audio", *flags)
+    parts = [len(row["utterance_ids"]) for row in rows_of(folder)]
+    assert [line["rows"] for line in metrics(folder, "rows")] == np.cumsum(parts).tolist()
 
 
 def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utterances, tmp_path):
