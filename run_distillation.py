@@ -224,16 +224,18 @@ def check_numbers(args: Arguments) -> None:
     positive = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
     positive += ["logging_steps", "save_steps", "shuffle_buffer_size"]
     not_negative = ["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"]
-    shares = ["timestamp_probability", "condition_on_prev_probability", "noise_probability"]
+    not_negative += ["wer_threshold", "max_compression_ratio", "min_chars_per_second", "max_chars_per_second"]
+    shares = ["timestamp_probability", "condition_on_prev_probability", "noise_probability", "max_no_speech_prob"]
     for names, is_right, allowed in (
         (positive, lambda value: value >= 1, "1 or more"),
         (not_negative, lambda value: value >= 0, "0 or more"),
         (shares, lambda value: 0 <= value <= 1, "between 0 and 1"),
+        (["min_avg_logprob"], lambda value: value <= 0, "0 or less: it is the logarithm of a probability"),
         (["adam_beta1", "adam_beta2"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
     ):
         for name in names:
-            if not is_right(getattr(args, name)):
-                raise UserError(f"--{name} is {getattr(args, name)}; it must be {allowed}")
+            if (value := getattr(args, name)) is not None and not is_right(value):
+                raise UserError(f"--{name} is {value}; it must be {allowed}")
     if args.max_steps < 1 and args.max_steps != -1:
         raise UserError(f"--max_steps is {args.max_steps}; it must be 1 or more, or -1 for --num_train_epochs")
     if args.max_steps <= 0 and args.num_train_epochs <= 0:

@@ -178,6 +178,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("per_device_eval_batch_size", "logging_steps", "generation_num_beams", "max_label_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if not 0 <= args.max_skipped <= 100:
+        raise UserError(f"--max_skipped is {args.max_skipped:g}; it must be a percentage, from 0 to 100")
     for flag in ("language", "task"):
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
             raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")

@@ -182,7 +182,7 @@ def test_transcripts_whose_language_nobody_knows_are_left_out(student, utterance
 
 def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path):
     with pytest.raises(UserError, match=r"is left to train on \(24 x avg_logprob below --min_avg_logprob\)"):
-        train_few(student, labelled, tmp_path, *SFT, "--streaming", "--min_avg_logprob", 1)
+        train_few(student, labelled, tmp_path, *SFT, "--streaming", "--min_avg_logprob", 0)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,11 @@ def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path)
         (["--learning_rate", -1], "--learning_rate is -1.0; it must be 0 or more"),
         (["--adam_beta2", 1], "--adam_beta2 is 1.0; it must be at least 0 and below 1"),
         (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be 0 or more"),
-        (["--max_steps", 0, "--num_train_epochs", 0], "--num_train_epochs is 0; it must be above 0"),
+        (["--max_steps", -1, "--num_train_epochs", 0], "--num_train_epochs is 0; it must be above 0"),
+        (["--max_steps", 0], "--max_steps is 0; it must be 1 or more, or -1 for --num_train_epochs"),
+        (["--wer_threshold", -5], "--wer_threshold is -5.0; it must be 0 or more"),
+        (["--min_avg_logprob", 1], "--min_avg_logprob is 1.0; it must be 0 or less"),
+        (["--max_no_speech_prob", 60], "--max_no_speech_prob is 60.0; it must be between 0 and 1"),
     ],
 )
 def test_mistakes_of_training_are_one_sentence(flags, sentence, student, labelled, speech_folder, tmp_path):
@@ -235,6 +239,7 @@ def test_a_limit_needs_its_column_in_pseudo_labels_alone(
     [
         (["--concatenate_audio"], "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name"),
         (["--max_label_length", 0], "--max_label_length is 0; it must be 1 or more"),
+        (["--max_skipped", -1], "--max_skipped is -1; it must be a percentage, from 0 to 100"),
         (["--audio_column_name", "sound"], "--audio_column_name sound is not a column of"),
         (["--dataset_split_name", "train+train"], "lists 2 datasets with the same default/train"),
         (["--task", "translat"], "translat"),

@@ -140,14 +140,13 @@ def test_a_process_that_outlives_the_main_one_keeps_others_out(tmp_path):
         pass
 
 
-LOCKING = "import sys; from distil_whisper.outputs import OutputFolder as Folder; f = Folder(sys.argv[1], sys.argv[2], {}); "
-    "import sys; from distil_whisper.outputs import OutputFolder; f = OutputFolder(sys.argv[1], sys.argv[2], {}); "
-)
+LOCKING = "import sys; from distil_whisper.outputs import OutputFolder; "
+OPEN = "f = OutputFolder(sys.argv[1], sys.argv[2], {}); "
 
 
 def in_another_process(path, then, options=""):
     """A process that opens the folder, says so, and waits for a line."""
-    command = [sys.executable, "-c", LOCKING.format(options) + then, str(path), STAGE]
+    command = [sys.executable, "-c", LOCKING + OPEN.format(options) + then, str(path), STAGE]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
