@@ -31,7 +31,7 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)
         sys.exit(130)
-    except Exception as error:
+    except RuntimeError as error:
         if (full := _full_gpu(error)) is None:
             raise
         print(
