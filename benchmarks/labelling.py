@@ -193,7 +193,7 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "speedup_is_of": best,
         "speedups": {name: speedup(name) for name in VARIANTS[1:] if name in runs},
         "token_agreements": {name: agreement(name) for name in VARIANTS[1:] if name in runs},
-        "speedups_packed": {name: speedup(name, "reference_clips") for name in PACKED},
+        "speedups_packed": {name: speedup(name, "reference_clips") for name in PACKED if name in runs},
         "wer": {name: wer(name) for name in runs},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_name", help="A dataset with a column text, for that model.")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_split_name", default="test")
+    parser.add_argument("--without_clips", action="store_true", help="Leave out the second comparison.")
     parser.add_argument("--talker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.variant:
@@ -233,7 +234,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_talker(Path(folder), args.size, args.label_tokens, args.dtype)
         args.talker = folder
-        runs = in_turn(__file__, (*VARIANTS, *CLIPS), args, optional={"ctranslate2"})
+        variants = VARIANTS if args.without_clips else (*VARIANTS, *CLIPS)
+        runs = in_turn(__file__, variants, args, optional={"ctranslate2"})
     result = summarise(args, runs)
     show(result)
     write_json(args, result)
