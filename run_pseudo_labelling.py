@@ -370,7 +370,8 @@ def count(pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
     """
     labelled = unit.tally.read
     if rows is not None:
-        labelled = min(unit.counted + sum(len(row.get("utterance_ids") or "1") for row in rows), labelled)
+        parts = (row.get("utterance_ids") for row in rows)  # of packed windows
+        labelled = min(unit.counted + sum(len(ids) if ids else 1 for ids in parts), labelled)
     pace.add(labelled - unit.counted, sum(row["duration"] for row in rows or ()), unit.file.shard.stem)
     unit.counted = labelled
 

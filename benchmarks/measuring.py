@@ -105,7 +105,7 @@ def in_own_process(script: str, variant: str, args) -> dict:
     """
     given = {name: value for name, value in vars(args).items() if name not in ("json", "variant", "pairs")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
-    flags = [part for name, value in given.items() for part in [f"--{name}", str(value)][: 1 if value is True else 2]]
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     command = [sys.executable, script, "--variant", variant, *flags]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:

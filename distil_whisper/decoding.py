@@ -68,7 +68,7 @@ class Decoder:
         self.grammar = grammar = whisper.grammar
         self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
         self.num_beams = num_beams
-        self.max_label_length = max_label_length or whisper.grammar.max_positions
+        self.max_label_length = max_label_length or grammar.max_positions
         self.return_timestamps = return_timestamps
         config, vocabulary = whisper.model.generation_config, whisper.model.config.vocab_size
         device = whisper.model.device

@@ -110,21 +110,21 @@ def _in_turn(tokens: torch.Tensor, logprobs: torch.Tensor) -> Iterator[tuple[int
 
 
 def _step(
-    decode: DecoderSteps, begin: int, rows: list[Row], proposed: list[list[int]], least: int
+    decode: DecoderSteps, prefix: int, rows: list[Row], proposed: list[list[int]], least: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What comes behind the last token of each row that has not ended and behind what is proposed: tokens and their
-    log-probabilities. begin: the place of the rows' first tokens; least: so many are proposed at least, if need be
+    log-probabilities. prefix: its length; least: so many are proposed at least, if need be
     fillers."""
-    end, begins = decode.rules.end, decode.rules.begin
+    rules = decode.rules
     inputs = [[row.tokens[-1], *ours] for row, ours in zip(rows, proposed, strict=True)]
     length = max(1 + least, *map(len, inputs))
     lengths = [0 if row.ended else len(given) for row, given in zip(rows, inputs, strict=True)]
     counting = [number * length + place for number, given in enumerate(lengths) for place in range(given)]
     given = (
-        torch.tensor([given + [end] * (length - len(given)) for given in inputs]),
-        torch.tensor([[begin + len(row.tokens) - 1] for row in rows]) + torch.arange(length),
+        torch.tensor([given + [rules.end] * (length - len(given)) for given in inputs]),
+        torch.tensor([[prefix + len(row.tokens) - 1] for row in rows]) + torch.arange(length),
         torch.tensor(counting),
-        torch.tensor([[begins, *row.tokens][-2:] for row in rows]),
+        torch.tensor([[rules.begin, *row.tokens][-2:] for row in rows]),
         torch.tensor([row.latest for row in rows]),
     )
     # to the device in one copy, for each of which a GPU would be waited for

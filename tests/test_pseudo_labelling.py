@@ -123,6 +123,16 @@ def test_progress_counts_what_is_labelled_though_reading_is_ahead(taught, speech
     assert [line["rows"] for line in metrics(folder, "rows")] == np.cumsum(parts).tolist()
 
 
+@pytest.mark.parametrize(("flags", "graphs"), [([], True), (["--cuda_graphs", False], False)])
+def test_steps_are_graphs_unless_told_otherwise(taught, speech_folder, tmp_path, monkeypatch, flags, graphs):
+    made, begin = [], Decoder.__init__
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda *given, **options: made.append(options) or begin(*given, **options)
+    )
+    label(taught, speech_folder, tmp_path, *ENGLISH, *flags)
+    assert [options["cuda_graphs"] for options in made] == [graphs]
+
+
 def test_packed_windows_keep_the_audio_and_the_parts(taught, speech_folder, utterances, tmp_path):
     folder = label(taught, speech_folder, tmp_path, *ENGLISH, *SPEAKERS, "--concatenate_audio", "--return_timestamps")
     rows = rows_of(folder)
