@@ -30,8 +30,12 @@ class Arguments(HubFields):
 
     teacher_checkpoint: str = option("", "The teacher: a name on the Hub or a folder.")
     save_dir: str = option("", "Folder for the student, its generation config, tokenizer and feature extractor.")
-    encoder_layers: int | None = option(None, "Encoder layers of the student, maximally spaced. Default: all.")
-    decoder_layers: int | None = option(None, "Decoder layers of the student, maximally spaced. Default: 2.")
+    encoder_layers: int | None = option(
+        None, "Encoder layers of the student, maximally spaced. Default: all.", at_least=1
+    )
+    decoder_layers: int | None = option(
+        None, "Decoder layers of the student, maximally spaced. Default: 2.", at_least=1
+    )
     encoder_layers_numbers: list[int] | None = option(
         None, "The teacher's encoder layers to copy, in the student's order, from 0; -1 is the last.", nargs="+"
     )

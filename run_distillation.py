@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from distil_whisper import hub
-from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse, split_plus
+from distil_whisper.arguments import MOST_BEAMS, DataFields, ModelFields, RunFields, option, parse, split_plus
 from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment, WaveformAugment
 from distil_whisper.caches import StateCaches, open_caches
@@ -77,7 +77,9 @@ class Arguments(ModelFields, DataFields, RunFields):
     eval_text_column_name: str = option("text", "Columns that hold their transcripts, separated by +.")
     language_column_name: str = option("language", "Column of the language of each row, where there is one.")
     task_column_name: str = option("task", "Column of the task of each row, where there is one.")
-    max_train_samples: int | None = option(None, "Use only so many rows of each training dataset (map-style).")
+    max_train_samples: int | None = option(
+        None, "Use only so many rows of each training dataset (map-style).", at_least=1
+    )
     use_pseudo_labels: bool | None = option(
         None,
         "Train on whisper_transcript (True) or on the transcripts (False). Default: on pseudo-labels where there are.",
@@ -85,7 +87,9 @@ class Arguments(ModelFields, DataFields, RunFields):
         const=True,
     )
     wer_threshold: float | None = option(
-        None, "Leave out rows whose pseudo-label differs from the transcript by more than this WER, in percent."
+        None,
+        "Leave out rows whose pseudo-label differs from the transcript by more than this WER, in percent.",
+        at_least=0,
     )
     filter_metric: str = option(
         "wer",
@@ -95,34 +99,50 @@ class Arguments(ModelFields, DataFields, RunFields):
     cut_utterances: bool = option(
         True, "Cut utterances above --wer_threshold out of packed windows, where that is certain, and keep the rest."
     )
-    min_avg_logprob: float | None = option(None, "Leave out rows with a lower mean log-probability of the teacher.")
-    max_no_speech_prob: float | None = option(None, "Leave out rows that the teacher holds for silence, so surely.")
-    max_compression_ratio: float | None = option(None, "Leave out pseudo-labels that zlib shrinks more: loops.")
-    max_ngram_repeats: int | None = option(None, "Leave out pseudo-labels that say the same three words more often.")
-    min_chars_per_second: float | None = option(None, "Leave out pseudo-labels with fewer characters a second.")
-    max_chars_per_second: float | None = option(None, "Leave out pseudo-labels with more characters a second.")
+    min_avg_logprob: float | None = option(
+        None, "Leave out rows with a lower mean log-probability of the teacher.", at_most=0
+    )
+    max_no_speech_prob: float | None = option(
+        None, "Leave out rows that the teacher holds for silence, so surely.", at_least=0, at_most=1
+    )
+    max_compression_ratio: float | None = option(
+        None, "Leave out pseudo-labels that zlib shrinks more: loops.", at_least=0
+    )
+    max_ngram_repeats: int | None = option(
+        None, "Leave out pseudo-labels that say the same three words more often.", at_least=0
+    )
+    min_chars_per_second: float | None = option(
+        None, "Leave out pseudo-labels with fewer characters a second.", at_least=0
+    )
+    max_chars_per_second: float | None = option(
+        None, "Leave out pseudo-labels with more characters a second.", at_least=0
+    )
     drop_language_mismatch: bool = option(
         False, "Leave out rows where the teacher would have guessed another language than it was told."
     )
     drop_truncated: bool = option(True, "Leave out pseudo-labels that the teacher did not come to the end of.")
     drop_empty: bool = option(True, "Leave out rows with an empty label.")
-    max_label_length: int | None = option(None, "Leave out rows with longer labels, in tokens.")
-    timestamp_probability: float = option(0.2, "Share of the samples that keep the timestamps of their labels.")
-    condition_on_prev_probability: float = option(0.1, "Share of the samples that are given the previous text.")
+    max_label_length: int | None = option(None, "Leave out rows with longer labels, in tokens.", at_least=0)
+    timestamp_probability: float = option(
+        0.2, "Share of the samples that keep the timestamps of their labels.", at_least=0, at_most=1
+    )
+    condition_on_prev_probability: float = option(
+        0.1, "Share of the samples that are given the previous text.", at_least=0, at_most=1
+    )
     shuffle_buffer_size: int = option(
-        1000, "Rows that are held to be shuffled in streaming mode, by all processes together."
+        1000, "Rows that are held to be shuffled in streaming mode, by all processes together.", at_least=1
     )
 
     do_train: bool = option(False, "Train.")
     do_eval: bool = option(False, "Evaluate every --eval_steps and at the end.")
     predict_with_generate: bool = option(False, "Measure the WER when evaluating, not the loss alone.")
     generation_max_length: int | None = option(
-        None, "The most tokens of a prediction. Default: as the decoder allows."
+        None, "The most tokens of a prediction. Default: as the decoder allows.", at_least=1
     )
-    generation_num_beams: int = option(1, "Beams when evaluating.")
+    generation_num_beams: int = option(1, "Beams when evaluating.", at_least=1, at_most=MOST_BEAMS)
 
-    kl_weight: float = option(1.0, "Weight of the KL divergence from the teacher; 0 needs no teacher.")
-    temperature: float = option(2.0, "Temperature of both softmaxes in the KL divergence.")
+    kl_weight: float = option(1.0, "Weight of the KL divergence from the teacher; 0 needs no teacher.", at_least=0)
+    temperature: float = option(2.0, "Temperature of both softmaxes in the KL divergence.", above=0)
     freeze_encoder: bool = option(
         False, "Do not train the encoder. One that equals the teacher's then runs once for both."
     )
@@ -132,41 +152,51 @@ class Arguments(ModelFields, DataFields, RunFields):
         nargs="?",
         const=True,
     )
-    mask_time_prob: float | None = option(None, "Share of the frames that are masked. Default: as in the config.")
-    mask_feature_prob: float | None = option(None, "Share of the mel bins that are masked. Default: as in the config.")
-    noise_probability: float = option(0.0, "Share of the samples that white noise is added to.")
-    noise_snr_db: list[float] = option([10.0, 30.0], "Range of its signal-to-noise ratio in dB.", nargs=2)
-    speed_perturbation: list[float] = option([1.0, 1.0], "Range of the speed that audio is played at.", nargs=2)
+    mask_time_prob: float | None = option(
+        None, "Share of the frames that are masked. Default: as in the config.", at_least=0, at_most=1
+    )
+    mask_feature_prob: float | None = option(
+        None, "Share of the mel bins that are masked. Default: as in the config.", at_least=0, at_most=1
+    )
+    noise_probability: float = option(0.0, "Share of the samples that white noise is added to.", at_least=0, at_most=1)
+    noise_snr_db: list[float] = option(
+        [10.0, 30.0], "Range of its signal-to-noise ratio in dB.", nargs=2, at_least=-100, at_most=100
+    )
+    speed_perturbation: list[float] = option(
+        [1.0, 1.0], "Range of the speed that audio is played at.", nargs=2, at_least=0.5, at_most=2
+    )
     cache_encoder_outputs: bool = option(False, "Keep encoder outputs on disk for later epochs (frozen encoder only).")
     cache_teacher_states: bool = option(False, "Keep the teacher's last hidden states on disk for later epochs.")
-    cache_size_gb: float = option(50.0, "The most that both caches may take, in GB.")
+    cache_size_gb: float = option(50.0, "The most that both caches may take, in GB.", at_least=0)
     group_by_length: bool = option(
         False,
         "Let rows with labels of like length share a batch: less padding. Not with --streaming.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
-    per_device_train_batch_size: int = option(8, "Samples of a process in a batch.")
-    per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.")
-    gradient_accumulation_steps: int = option(1, "Batches to an optimizer step.")
-    max_steps: int = option(-1, "Optimizer steps. Default: as --num_train_epochs says.")
-    num_train_epochs: float = option(3.0, "Passes over the training data, where --max_steps is not given.")
-    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
+    per_device_train_batch_size: int = option(8, "Samples of a process in a batch.", at_least=1)
+    per_device_eval_batch_size: int = option(8, "Samples of a process in an evaluation batch.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Batches to an optimizer step.", at_least=1)
+    max_steps: int = option(-1, "Optimizer steps. Default: as --num_train_epochs says.", at_least=-1)
+    num_train_epochs: float = option(3.0, "Passes over the training data, where --max_steps is not given.", above=0)
+    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.", at_least=0)
     lr_scheduler_type: str = option(
         "linear",
         "Learning rate schedule, such as linear or constant_with_warmup.",
         choices=SCHEDULES,
     )
-    warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.")
-    weight_decay: float = option(0.0, "Weight decay of matrices (not of biases and layer norms).")
-    adam_beta1: float = option(0.9, "First beta of AdamW.")
-    adam_beta2: float = option(0.999, "Second beta of AdamW.")
-    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.")
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.")
-    logging_steps: int = option(25, "Steps between two lines of metrics.")
-    eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.")
-    save_steps: int = option(500, "Steps between two checkpoints.")
-    save_total_limit: int | None = option(None, "Keep so many of the newest checkpoints. Default: all.")
-    save_best_total_limit: int = option(1, "Save and keep so many checkpoints of the best evaluations as well.")
+    warmup_steps: int = option(0, "Steps in which the learning rate rises to its peak.", at_least=0)
+    weight_decay: float = option(0.0, "Weight decay of matrices (not of biases and layer norms).", at_least=0)
+    adam_beta1: float = option(0.9, "First beta of AdamW.", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "Second beta of AdamW.", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", above=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: not.", at_least=0)
+    logging_steps: int = option(25, "Steps between two lines of metrics.", at_least=1)
+    eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.", at_least=1)
+    save_steps: int = option(500, "Steps between two checkpoints.", at_least=1)
+    save_total_limit: int | None = option(None, "Keep so many of the newest checkpoints. Default: all.", at_least=1)
+    save_best_total_limit: int = option(
+        1, "Save and keep so many checkpoints of the best evaluations as well.", at_least=0
+    )
     load_best_model_at_end: bool = option(False, "Save the best checkpoint as the trained model, not the last one.")
 
 
@@ -220,29 +250,13 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 
 def check_numbers(args: Arguments) -> None:
-    """Raise UserError for numbers outside of their range."""
-    positive = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
-    positive += ["logging_steps", "save_steps", "shuffle_buffer_size"]
-    not_negative = ["learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"]
-    not_negative += ["wer_threshold", "max_compression_ratio", "min_chars_per_second", "max_chars_per_second"]
-    shares = ["timestamp_probability", "condition_on_prev_probability", "noise_probability", "max_no_speech_prob"]
-    for names, is_right, allowed in (
-        (positive, lambda value: value >= 1, "1 or more"),
-        (not_negative, lambda value: value >= 0, "0 or more"),
-        (shares, lambda value: 0 <= value <= 1, "between 0 and 1"),
-        (["min_avg_logprob"], lambda value: value <= 0, "0 or less: it is the logarithm of a probability"),
-        (["adam_beta1", "adam_beta2"], lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    ):
-        for name in names:
-            if (value := getattr(args, name)) is not None and not is_right(value):
-                raise UserError(f"--{name} is {value}; it must be {allowed}")
-    if args.max_steps < 1 and args.max_steps != -1:
-        raise UserError(f"--max_steps is {args.max_steps}; it must be 1 or more, or -1 for --num_train_epochs")
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise UserError(f"--num_train_epochs is {args.num_train_epochs:g}; it must be above 0, or give --max_steps")
-    slowest, fastest = args.speed_perturbation
-    if not 0.5 <= slowest <= fastest <= 2:
-        raise UserError(f"--speed_perturbation is {slowest} {fastest}; give two factors in order, from 0.5 to 2")
+    """Raise UserError for numbers that contradict each other."""
+    if args.max_steps == 0:
+        raise UserError("--max_steps is 0; it must be 1 or more, or -1 for --num_train_epochs")
+    for name in ("speed_perturbation", "noise_snr_db"):
+        low, high = getattr(args, name)
+        if low > high:
+            raise UserError(f"--{name} is {low} {high}; give the lower one first")
 
 
 def load_models(args: Arguments, accelerator: Accelerator) -> tuple[LoadedWhisper, LoadedWhisper | None]:

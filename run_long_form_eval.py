@@ -39,9 +39,10 @@ class Arguments(EvaluationFields, ModelFields, DataFields, RunFields):
         None,
         "Transcribe in chunks of so many seconds; match the length that the model was trained on. "
         "Default: sequentially, without chunks.",
+        at_least=1,
     )
     stride_length_s: float | None = option(
-        None, "Overlap at either side of a chunk in seconds. Default: a sixth of --chunk_length_s."
+        None, "Overlap at either side of a chunk in seconds. Default: a sixth of --chunk_length_s.", at_least=0
     )
     condition_on_prev_tokens: bool = option(
         False, "Sequential: give each window the text of the one before as its prompt."
@@ -52,12 +53,18 @@ class Arguments(EvaluationFields, ModelFields, DataFields, RunFields):
     compression_ratio_threshold: float = option(
         Fallback.compression_ratio,
         "With --temperature_fallback: a window whose tokens are more repetitive is repeated.",
+        above=0,
     )
     logprob_threshold: float = option(
-        Fallback.logprob, "With --temperature_fallback: a window with a lower mean log-probability is repeated."
+        Fallback.logprob,
+        "With --temperature_fallback: a window with a lower mean log-probability is repeated.",
+        at_most=0,
     )
     no_speech_threshold: float = option(
-        Fallback.no_speech, "With --temperature_fallback: such a window is silence above this no-speech probability."
+        Fallback.no_speech,
+        "With --temperature_fallback: such a window is silence above this no-speech probability.",
+        at_least=0,
+        at_most=1,
     )
 
 

@@ -23,7 +23,7 @@ from datasets import Features
 from tqdm import tqdm
 
 from distil_whisper import hub
-from distil_whisper.arguments import DataFields, ModelFields, RunFields, option, parse
+from distil_whisper.arguments import MOST_BEAMS, MOST_WORKERS, DataFields, ModelFields, RunFields, option, parse
 from distil_whisper.decoding import Decoder
 from distil_whisper.engine import Turns, make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
@@ -114,7 +114,7 @@ class Arguments(ModelFields, DataFields, RunFields):
         choices=["skip", "split"],
     )
     return_timestamps: bool = option(False, "Let the teacher write timestamps.")
-    generation_num_beams: int = option(1, "Beams of the search; 1 is greedy.")
+    generation_num_beams: int = option(1, "Beams of the search; 1 is greedy.", at_least=1, at_most=MOST_BEAMS)
     backend: str = option(
         "torch",
         "What decodes: torch, or ctranslate2 (a converted copy of the teacher, in the type that --dtype says).",
@@ -127,16 +127,25 @@ class Arguments(ModelFields, DataFields, RunFields):
         False,
         "Greedily, read the transcripts as drafts of the labels: the same labels, in fewer steps of the decoder.",
     )
-    max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.")
+    max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.", at_least=1)
     decode_token_ids: bool = option(
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
     )
-    per_device_eval_batch_size: int = option(16, "Windows of a process in a batch.")
-    dataloader_num_workers: int = option(4, "Threads that read and write beside the decoding, each; 0 for none.")
-    logging_steps: int = option(
-        500, "Batches between two lines of metrics; what is labelled by then survives a kill, inside a shard too."
+    per_device_eval_batch_size: int = option(16, "Windows of a process in a batch.", at_least=1)
+    dataloader_num_workers: int = option(
+        4,
+        "Threads that read and write beside the decoding, each; 0 for none.",
+        at_least=0,
+        at_most=MOST_WORKERS,
     )
-    max_skipped: float = option(5.0, "Stop when more than so many percent of the rows cannot be labelled.")
+    logging_steps: int = option(
+        500,
+        "Batches between two lines of metrics; what is labelled by then survives a kill, inside a shard too.",
+        at_least=1,
+    )
+    max_skipped: float = option(
+        5.0, "Stop when more than so many percent of the rows cannot be labelled.", at_least=0, at_most=100
+    )
     dry_run: bool = option(
         False, "Label a few windows as a trial, print rows, hours, time and disk that the whole takes, and stop."
     )
@@ -175,11 +184,6 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
             "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name, to know which "
             "utterances belong together"
         )
-    for name in ("per_device_eval_batch_size", "logging_steps", "generation_num_beams", "max_label_length"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    if not 0 <= args.max_skipped <= 100:
-        raise UserError(f"--max_skipped is {args.max_skipped:g}; it must be a percentage, from 0 to 100")
     for flag in ("language", "task"):
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
             raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
@@ -16,6 +17,8 @@ from distil_whisper.errors import UserError, nearest
 ArgumentsT = TypeVar("ArgumentsT")
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_WORKERS = 1024  # more would fill a machine's memory before they read a row
+MOST_BEAMS = 100  # each has caches of its own
 ATTENTION = {  # what may be asked for -> what transformers calls it
     "eager": "eager",
     "sdpa": "sdpa",
@@ -25,11 +28,54 @@ ATTENTION = {  # what may be asked for -> what transformers calls it
 }
 
 
-def option(default, help: str, **metadata):
-    """A dataclass field with its help text; a list default is copied for each instance."""
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a flag takes. Infinity and NaN are in no range."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.above is None and self.below is None and None not in (self.at_least, self.at_most):
+            return f"between {self.at_least:,} and {self.at_most:,}"
+        if self.at_least is not None and self.at_most is None and self.below is None:
+            return f"{self.at_least:,} or more"
+        if self.at_most is not None and self.at_least is None and self.above is None:
+            return f"{self.at_most:,} or less"
+        bounds = dataclasses.asdict(self).items()
+        said = " and ".join(f"{name.replace('_', ' ')} {bound:,}" for name, bound in bounds if bound is not None)
+        return said or "a number"
+
+
+def option(
+    default,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    **metadata,
+):
+    """A dataclass field with its help text and, for a number or a list of numbers, the range that they must be in.
+
+    A list default is copied for each instance.
+    """
+    metadata = {"help": help, "range": Range(at_least, above, at_most, below), **metadata}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
-    return field(default=default, metadata={"help": help, **metadata})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -63,8 +109,12 @@ class DataFields:
 
     streaming: bool = option(False, "Read from the source as it is needed, with no copy on disk.")
     audio_column_name: str = option("audio", "Column that holds the audio.")
-    preprocessing_num_workers: int = option(1, "Processes that prepare a dataset (download, conversion, filtering).")
-    dataloader_num_workers: int = option(0, "Processes that read and decode audio while the model computes.")
+    preprocessing_num_workers: int = option(
+        1, "Processes that prepare a dataset (download, conversion, filtering).", at_least=1, at_most=MOST_WORKERS
+    )
+    dataloader_num_workers: int = option(
+        0, "Processes that read and decode audio while the model computes.", at_least=0, at_most=MOST_WORKERS
+    )
 
 
 @dataclass
@@ -92,8 +142,13 @@ class RunFields(HubFields):
     )
     wandb_project: str = option("distil-whisper", "Project name for the trackers.")
     wandb_name: str | None = option(None, "Name of this run in the trackers.")
-    seed: int = option(42, "Seed of every random draw.")
-    ddp_timeout: int = option(1800, "Seconds that processes wait for one another before a run is given up.")
+    seed: int = option(42, "Seed of every random draw.", at_least=0, at_most=2**32 - 1)
+    ddp_timeout: int = option(
+        1800,
+        "Seconds that processes wait for one another before a run is given up.",
+        at_least=1,
+        at_most=366 * 86_400,
+    )
 
 
 def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, description: str | None = None) -> ArgumentsT:
@@ -114,6 +169,7 @@ def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, descriptio
     parsed, rest = parser.parse_args_into_dataclasses(_without_nones(argv, arguments), return_remaining_strings=True)
     if rest:
         raise UserError(f"{rest[0]!r} does not belong to any argument; give values as --name value")
+    check_ranges(parsed)
     fused = ATTENTION.get(getattr(parsed, "attn_type", None)) == "flash_attention_2"
     if fused and parsed.dtype == "float32":
         raise UserError(
@@ -121,6 +177,15 @@ def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, descriptio
             "those, or --attn_type sdpa"
         )
     return parsed
+
+
+def check_ranges(parsed) -> None:
+    """Raise UserError for a number outside of the range that its flag declares."""
+    for each in dataclasses.fields(parsed):
+        value = getattr(parsed, each.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and number not in each.metadata["range"]:
+                raise UserError(f"--{each.name} is {number}; it must be {each.metadata['range']}")
 
 
 def split_plus(value: str | None, count: int | None = None, argument: str = "", of: str = "") -> list[str | None]:
@@ -149,8 +214,20 @@ def attention(attn_type: str | None) -> str | None:
 
 
 class _Parser(HfArgumentParser):
+    def add_argument(self, *names, range: Range | None = None, **settings):  # argparse knows no ranges of numbers
+        return super().add_argument(*names, **settings)
+
     def error(self, message):
         raise UserError(message)
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML without booleans: `no` is a language, too. Flags that are booleans read the words themselves."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _spellings(names: list[str]) -> list[str]:
@@ -161,7 +238,7 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
     """A configuration file as flags, so that its values are typed and checked as those of a command line are."""
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _YamlLoader)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as a configuration file: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -170,6 +247,8 @@ def _flags_of_file(path: Path, names: list[str]) -> list[str]:
     for name, value in values.items():
         if name not in names:
             raise UserError(f"{path} names an unknown argument {name} {nearest(name, names)}")
+        if isinstance(value, dict):
+            raise UserError(f"{path} gives {name} names and values of its own; it must be one value or a list")
         # Behind "=" a value may begin with dashes; a list has no such form.
         flags += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return flags

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from distil_whisper import progress
 from distil_whisper.alignment import word_errors
-from distil_whisper.arguments import option
+from distil_whisper.arguments import MOST_BEAMS, option
 from distil_whisper.errors import UserError
 from distil_whisper.metrics import RATES, score
 from distil_whisper.mixing import workers
@@ -35,13 +35,15 @@ class EvaluationFields:
     dataset_config_name: str | None = option(None, "Their configurations, separated by +.")
     dataset_split_name: str = option("test", "Their splits, separated by +.")
     text_column_name: str = option("text", "Columns that hold their transcripts, separated by +.")
-    per_device_eval_batch_size: int = option(8, "Windows that a process decodes at once.")
+    per_device_eval_batch_size: int = option(8, "Windows that a process decodes at once.", at_least=1)
     generation_max_length: int | None = option(
-        None, "The most tokens that a window is given. Default: as the decoder allows."
+        None, "The most tokens that a window is given. Default: as the decoder allows.", at_least=1
     )
-    generation_num_beams: int = option(1, "Beams when decoding.", aliases=["--num_beams"])
+    generation_num_beams: int = option(
+        1, "Beams when decoding.", aliases=["--num_beams"], at_least=1, at_most=MOST_BEAMS
+    )
     return_timestamps: bool = option(False, "Decode with timestamps, and keep them in the predictions.")
-    max_samples: int | None = option(None, "Evaluate only so many rows of each dataset.")
+    max_samples: int | None = option(None, "Evaluate only so many rows of each dataset.", at_least=1)
     push_to_hub: bool = option(False, "Add the figures to the card of the model on the Hugging Face Hub.")
     hub_model_id: str | None = option(None, "The model's repository on the Hub. Default: the name of the model.")
 
@@ -81,14 +83,10 @@ class Tally:
 
 
 def check_arguments(args) -> None:
-    """Raise UserError for what an evaluation lacks, and for numbers outside of their range."""
+    """Raise UserError for what an evaluation lacks."""
     for name, what in (("model_name_or_path", "the model"), ("dataset_name", "the data")):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; name {what} to evaluate")
-    for name in ("per_device_eval_batch_size", "generation_max_length", "generation_num_beams", "max_samples"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; it must be 1 or more")
 
 
 def load_model(args, accelerator: Accelerator) -> LoadedWhisper:

@@ -1,11 +1,13 @@
 """Command lines and configuration files become one dataclass; what is wrong in them becomes one sentence."""
 
+import importlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import get_args, get_type_hints
 
 import pytest
 
-from distil_whisper.arguments import DataFields, ModelFields, RunFields, attention, option, parse, split_plus
+from distil_whisper.arguments import DataFields, ModelFields, Range, RunFields, attention, option, parse, split_plus
 from distil_whisper.errors import UserError
 
 
@@ -13,8 +15,11 @@ from distil_whisper.errors import UserError
 class Arguments(ModelFields, DataFields, RunFields):
     """The shared fields, and one of each other type that a stage has."""
 
-    learning_rate: float = option(1e-4, "A number.")
+    learning_rate: float = option(1e-4, "A number.", at_least=0)
     max_steps: int = option(-1, "A count.")
+    share: float = option(0.5, "A share.", at_least=0, at_most=1)
+    speeds: list[float] = option([1.0, 1.0], "Two factors.", nargs=2, above=0, at_most=2)
+    beta: float | None = option(None, "A number below another.", at_least=0, below=1)
     wer_threshold: float | None = option(None, "A number that may be absent.")
     drop_empty: bool = option(True, "A switch that is on.")
     use_pseudo_labels: bool | None = option(None, "Yes, no or unset.", nargs="?", const=True)
@@ -81,6 +86,17 @@ def test_command_lines(line, expected):
         ("stray", "'stray' does not belong to any argument"),
         ("--max_steps 3 4", "'4' does not belong to any argument"),
         ("--max_steps", "--max_steps.*expected one argument"),
+        ("--learning_rate -1", r"--learning_rate is -1.0; it must be 0 or more$"),
+        ("--learning_rate nan", r"--learning_rate is nan; it must be 0 or more$"),
+        ("--learning_rate inf", r"--learning_rate is inf; it must be 0 or more$"),
+        ("--wer_threshold nan", r"--wer_threshold is nan; it must be a number$"),
+        ("--share 1.01", r"--share is 1.01; it must be between 0 and 1$"),
+        ("--speeds 1 2.5", r"--speeds is 2.5; it must be above 0 and at most 2$"),
+        ("--speeds 0 1", r"--speeds is 0.0; it must be above 0 and at most 2$"),
+        ("--beta 1", r"--beta is 1.0; it must be at least 0 and below 1$"),
+        ("--preprocessing_num_workers 0", r"--preprocessing_num_workers is 0; it must be between 1 and 1,024$"),
+        ("--seed -1", r"--seed is -1; it must be between 0 and 4,294,967,295$"),
+        ("--ddp_timeout 0", r"--ddp_timeout is 0; it must be between 1 and "),
     ],
 )
 def test_mistakes_are_one_sentence(line, words):
@@ -164,6 +180,13 @@ def test_a_flag_has_the_value_none_of_the_file_overridden(tmp_path):
     assert given(str(path), "--language", "none") == {"task": "translate"}
 
 
+@pytest.mark.parametrize("text", ["language: no", "language: 'no'"])
+def test_a_language_in_yaml_is_no_boolean(tmp_path, text):
+    path = tmp_path / "args.yaml"
+    path.write_text(f"{text}\nstreaming: yes\ndrop_empty: false\n")
+    assert given(str(path)) == {"language": "no", "streaming": True, "drop_empty": False}
+
+
 @pytest.mark.parametrize(
     "name, text, words",
     [
@@ -172,6 +195,8 @@ def test_a_flag_has_the_value_none_of_the_file_overridden(tmp_path):
         ("a.json", '{"max_steps": 1', "a.json cannot be read as a configuration file: "),
         ("a.yaml", "a: [1", "a.yaml cannot be read as a configuration file: "),
         ("a.json", "[1, 2]", "a.json must hold names and values.* not a list"),
+        ("a.yaml", "share: .nan", "--share is nan; it must be between 0 and 1"),
+        ("a.json", '{"dataset_name": {"a": 1}}', "a.json gives dataset_name names and values of its own"),
         ("a.yml", "", "a.yml must hold names and values"),
         ("a.json", b"\xff\xfe", "a.json cannot be read"),
         ("missing.json", None, "missing.json cannot be read as a configuration file: .*No such file"),
@@ -234,3 +259,21 @@ def test_flash_attention_2_needs_its_package(monkeypatch, asked, available):
     else:
         with pytest.raises(UserError, match=f"--attn_type {asked} cannot be used because .*; use --attn_type sdpa"):
             attention(asked)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "run_pseudo_labelling",
+        "create_student_model",
+        "run_distillation",
+        "run_short_form_eval",
+        "run_long_form_eval",
+    ],
+)
+def test_every_number_has_its_range_where_it_is_declared(script):
+    arguments = importlib.import_module(script).Arguments
+    kinds = get_type_hints(arguments)
+    numbers = [each for each in fields(arguments) if {int, float} & {kinds[each.name], *get_args(kinds[each.name])}]
+    assert numbers
+    assert [each.name for each in numbers if each.metadata["range"] == Range()] == []

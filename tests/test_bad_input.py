@@ -209,7 +209,7 @@ def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path)
         (["--learning_rate", -1], "--learning_rate is -1.0; it must be 0 or more"),
         (["--adam_beta2", 1], "--adam_beta2 is 1.0; it must be at least 0 and below 1"),
         (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be 0 or more"),
-        (["--max_steps", -1, "--num_train_epochs", 0], "--num_train_epochs is 0; it must be above 0"),
+        (["--max_steps", -1, "--num_train_epochs", 0], "--num_train_epochs is 0.0; it must be above 0"),
         (["--max_steps", 0], "--max_steps is 0; it must be 1 or more, or -1 for --num_train_epochs"),
         (["--wer_threshold", -5], "--wer_threshold is -5.0; it must be 0 or more"),
         (["--min_avg_logprob", 1], "--min_avg_logprob is 1.0; it must be 0 or less"),
@@ -239,7 +239,7 @@ def test_a_limit_needs_its_column_in_pseudo_labels_alone(
     [
         (["--concatenate_audio"], "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name"),
         (["--max_label_length", 0], "--max_label_length is 0; it must be 1 or more"),
-        (["--max_skipped", -1], "--max_skipped is -1; it must be a percentage, from 0 to 100"),
+        (["--max_skipped", -1], "--max_skipped is -1.0; it must be between 0 and 100"),
         (["--audio_column_name", "sound"], "--audio_column_name sound is not a column of"),
         (["--dataset_split_name", "train+train"], "lists 2 datasets with the same default/train"),
         (["--task", "translat"], "translat"),
