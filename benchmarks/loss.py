@@ -15,6 +15,7 @@ import torch
 from measuring import SIZES, Clock, in_turn, machine, make_parser, this_device, write_json
 from torch.nn import functional
 
+from distil_whisper.examples import positions_of
 from distil_whisper.losses import LossWeights, distillation_loss
 from distil_whisper.meters import peak_memory
 
@@ -53,7 +54,8 @@ def plain(student_hidden, student_head, teacher_hidden, teacher_head, labels) ->
 
 def ours(student_hidden, student_head, teacher_hidden, teacher_head, labels) -> torch.Tensor:
     """The engine's."""
-    sums = distillation_loss(student_hidden, student_head, labels, WEIGHTS, teacher_hidden, teacher_head)
+    places = positions_of(labels)
+    sums = distillation_loss(student_hidden, student_head, labels, places, WEIGHTS, teacher_hidden, teacher_head)
     return sums.loss / sums.tokens
 
 

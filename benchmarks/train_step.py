@@ -24,7 +24,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForCondi
 from distil_whisper.audio import LogMel, Window, stack
 from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.distiller import Distiller
-from distil_whisper.examples import Batch
+from distil_whisper.examples import Batch, positions_of
 from distil_whisper.losses import LossWeights
 from distil_whisper.meters import peak_memory
 from distil_whisper.models import contiguous_states
@@ -68,7 +68,8 @@ def make_batch(window: Window, batch_size: int, label_tokens: int, vocabulary: i
         inputs[row, :length], labels[row, :length] = tokens[:-1], tokens[1:]
     keys = [f"recording-{row}" for row in range(batch_size)]
     seconds = batch_size * window.seconds
-    return Batch(stack(samples, window), inputs, labels, sum(lengths), seconds, [], keys, lengths)
+    rows = [str(row) for row in range(batch_size)]
+    return Batch(stack(samples, window), inputs, labels, positions_of(labels), seconds, [], keys, lengths, rows)
 
 
 class ReferenceStep:

@@ -8,7 +8,6 @@ from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment
 from distil_whisper.losses import LossWeights, distillation_loss
 from distil_whisper.models import encoder_states
-from distil_whisper.tokens import IGNORED
 
 
 class Distiller(nn.Module):
@@ -57,14 +56,16 @@ class Distiller(nn.Module):
         waveforms: torch.Tensor,
         decoder_input_ids: torch.Tensor,
         labels: torch.Tensor,
+        valid_positions: torch.Tensor,
         encoder_states: torch.Tensor | None = None,
         teacher_hidden: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums over the valid tokens of the batch: loss (with gradient), ce, kl, tokens.
 
-        waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length]. Both decoders get
-        the same decoder_input_ids. Padding stands to the right, where causal attention never looks. Where they were
-        kept, encoder_states [batch, positions, width] and teacher_hidden [batch, length, width] are not computed.
+        waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length], valid_positions
+        [tokens] of the flattened labels. Both decoders get the same decoder_input_ids. Padding stands to the right,
+        where causal attention never looks. Where they were kept, encoder_states [batch, positions, width] and
+        teacher_hidden [batch, length, width] are not computed.
         """
         teacher_states = encoder_states
         if encoder_states is None:
@@ -78,10 +79,10 @@ class Distiller(nn.Module):
             student_hidden,
             self.student.proj_out.weight,
             labels,
+            valid_positions,
             self.weights,
             teacher_hidden,
             None if self.teacher is None else self.teacher.proj_out.weight,
-            ignored=IGNORED,
         )
         return {"loss": sums.loss, "ce": sums.ce, "kl": sums.kl, "tokens": sums.tokens}
 

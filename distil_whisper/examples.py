@@ -14,7 +14,7 @@ from distil_whisper.cutting import REMOVED, cut_samples
 from distil_whisper.errors import UserError
 from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
 
-TENSORS = ("waveforms", "decoder_input_ids", "labels")  # of a batch
+TENSORS = ("waveforms", "decoder_input_ids", "labels", "valid_positions")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,25 @@ class Example:
 class Batch:
     """What the training step is given, and what the record and the caches of it need.
 
-    audio_keys are digests of the samples ("" if they were not asked for), lengths the decoder positions in use.
+    valid_positions [tokens] are where the flattened labels are not ignored: a GPU that had to look for them would be
+    waited for. audio_keys are digests of the samples ("" if they were not asked for), lengths the decoder positions
+    in use. row_ids are those of the rows that are trained on, in order.
     """
 
     waveforms: torch.Tensor
     decoder_input_ids: torch.Tensor
     labels: torch.Tensor
-    tokens: int
+    valid_positions: torch.Tensor
     seconds: float
     problems: list[tuple[str, str]]
     audio_keys: list[str]
     lengths: list[int]
+    row_ids: list[str]
+
+    @property
+    def tokens(self) -> int:
+        """How many labels are trained on."""
+        return len(self.valid_positions)
 
     def inputs(self, device) -> dict[str, torch.Tensor]:
         """The training step's arguments, on a device."""
@@ -218,10 +226,15 @@ class Collator:
             inputs[row, : len(sequence.labels)] = torch.tensor(sequence.decoder_input_ids)
             labels[row, : len(sequence.labels)] = torch.tensor(sequence.labels)
         seconds = sum(len(part) for part in samples) / self.window.sampling_rate
-        tokens = int((labels != IGNORED).sum())
         keys = [example.audio_key for example in good] or [""]
         lengths = [len(sequence.labels) for sequence in sequences]
-        return Batch(stack(samples, self.window), inputs, labels, tokens, seconds, problems, keys, lengths)
+        ids, waveforms, valid = [example.row_id for example in good], stack(samples, self.window), positions_of(labels)
+        return Batch(waveforms, inputs, labels, valid, seconds, problems, keys, lengths, ids)
+
+
+def positions_of(labels: torch.Tensor) -> torch.Tensor:
+    """Where flattened labels are not ignored, in order."""
+    return (labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
 def joined(parts: list[Batch], padding: int) -> Batch:
@@ -236,15 +249,17 @@ def joined(parts: list[Batch], padding: int) -> Batch:
         tensors = [getattr(part, name) for part in parts]
         return torch.cat([pad(tensor, (0, length - tensor.shape[1]), value=value) for tensor in tensors])
 
+    labels = together("labels", IGNORED)
     return Batch(
         torch.cat([part.waveforms for part in parts]),
         together("decoder_input_ids", padding),
-        together("labels", IGNORED),
-        sum(part.tokens for part in parts),
+        labels,
+        positions_of(labels),
         sum(part.seconds for part in parts),
         problems,
         [key for part in parts for key in part.audio_keys],
         [length for part in parts for length in part.lengths],
+        [row_id for part in parts for row_id in part.row_ids],
     )
 
 

@@ -41,24 +41,23 @@ def distillation_loss(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     labels: torch.Tensor,
+    valid_positions: torch.Tensor,
     weights: LossWeights,
     teacher_hidden: torch.Tensor | None = None,
     teacher_head: torch.Tensor | None = None,
-    ignored: int = -100,
 ) -> LossSums:
     """CE of the labels and temperature-scaled KL from the teacher, summed over the valid tokens.
 
     Hidden states are [batch, length, width] (the widths may differ), heads [vocabulary, width], labels
-    [batch, length]. Without teacher_hidden there is no KL term. Source: arXiv 2311.00430, section 3.
+    [batch, length], valid_positions [tokens] those of the flattened labels that count. Without teacher_hidden there is
+    no KL term. Source: arXiv 2311.00430, section 3.
     """
-    valid = labels.flatten() != ignored
-    places = valid.nonzero()[:, 0]  # found once: a GPU is waited for
-    hidden, targets = student_hidden.flatten(0, 1)[places], labels.flatten()[places]
+    hidden, targets = student_hidden.flatten(0, 1)[valid_positions], labels.flatten()[valid_positions]
     teacher = None
     if teacher_hidden is not None:
-        teacher = teacher_hidden.flatten(0, 1)[places].detach(), teacher_head.detach()
+        teacher = teacher_hidden.flatten(0, 1)[valid_positions].detach(), teacher_head.detach()
     loss, ce, kl = _ChunkedLoss.apply(hidden, student_head, targets, teacher, weights, torch.is_grad_enabled())
-    return LossSums(loss, ce, kl, valid.sum())
+    return LossSums(loss, ce, kl, torch.full_like(ce, len(valid_positions), dtype=torch.long))
 
 
 class _ChunkedLoss(torch.autograd.Function):

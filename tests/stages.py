@@ -102,9 +102,9 @@ def seen(monkeypatch) -> Seen:
         result.sequences[row_id, epoch] = example.sequence
         return example
 
-    def watched_step(self, waveforms, decoder_input_ids, labels):
+    def watched_step(self, waveforms, decoder_input_ids, labels, valid_positions):
         result.batches.append({"decoder_input_ids": decoder_input_ids, "labels": labels})
-        return step(self, waveforms, decoder_input_ids, labels)
+        return step(self, waveforms, decoder_input_ids, labels, valid_positions)
 
     monkeypatch.setattr(ExampleMaker, "__call__", watched_make)
     monkeypatch.setattr(Distiller, "forward", watched_step)

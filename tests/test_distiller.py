@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from distil_whisper.audio import LogMel
 from distil_whisper.distiller import Distiller
-from distil_whisper.examples import Collator, Example, LabelColumns, Labeller, LabelSettings
+from distil_whisper.examples import Collator, Example, LabelColumns, Labeller, LabelSettings, positions_of
 from distil_whisper.losses import CE_WEIGHT, LossWeights
 from distil_whisper.models import load_whisper
 from distil_whisper.student import make_student
@@ -235,7 +235,8 @@ def test_padding_and_neighbours_change_nothing(make, batch):
     for row in range(len(batch.labels)):
         used = int((batch.labels[row] != -100).nonzero().max()) + 1
         inputs = (batch.waveforms[row : row + 1], batch.decoder_input_ids[row : row + 1, :used])
-        parts.append(distiller(*inputs, batch.labels[row : row + 1, :used]))
+        labels = batch.labels[row : row + 1, :used]
+        parts.append(distiller(*inputs, labels, positions_of(labels)))
     for name in ("loss", "ce", "kl", "tokens"):
         torch.testing.assert_close(sum(part[name] for part in parts), whole[name], rtol=1e-4, atol=1e-4)
 

@@ -209,17 +209,19 @@ def test_batches_are_padded_to_the_longest_label_and_no_further(lengths, padded)
         assert batch.labels[row].tolist() == [7] * length + [IGNORED] * (padded - length)
         assert batch.waveforms[row].count_nonzero() == 8_000
     assert batch.tokens == sum(lengths)
+    assert batch.valid_positions.tolist() == (batch.labels.flatten() != IGNORED).nonzero()[:, 0].tolist()
+    assert batch.row_ids == [f"row-{length}" for length in lengths]
     assert batch.seconds == pytest.approx(len(lengths) * 0.5)
 
 
 def test_problems_are_listed_and_leave_the_batch():
     batch = Collator(WINDOW, 99)([Example("bad", problem="empty file"), example(4), Example("a copy")])
     assert batch.problems == [("bad", "empty file")]
-    assert len(batch.labels) == 1 and batch.tokens == 4
+    assert len(batch.labels) == 1 and batch.tokens == 4 and batch.row_ids == ["row-4"]
 
 
 def test_a_batch_without_usable_examples_is_one_silent_window_that_trains_nothing():
     batch = Collator(WINDOW, 99)([Example("bad", problem="empty file"), Example("a copy")])
     assert batch.waveforms.shape == (1, WINDOW.samples) and not batch.waveforms.any()
     assert batch.labels.unique().tolist() == [IGNORED] and batch.decoder_input_ids.unique().tolist() == [99]
-    assert batch.tokens == 0 and batch.seconds == 0
+    assert batch.tokens == 0 and batch.seconds == 0 and batch.row_ids == []

@@ -231,8 +231,9 @@ def test_parts_are_joined_as_one_batch(make_sets, whisper):
     useless = collator([MapExamples(sets, maker)[0, 0, 0, False]])
     whole, parts = collator(examples), [collator(examples[:2]), useless, collator(examples[2:])]
     together = joined(parts, collator.padding)
-    for name in ("waveforms", "decoder_input_ids", "labels"):
+    for name in ("waveforms", "decoder_input_ids", "labels", "valid_positions"):
         assert getattr(together, name).equal(getattr(whole, name)), name
+    assert together.row_ids == whole.row_ids and len(together.row_ids) == 5
     assert (together.tokens, together.lengths, together.audio_keys) == (whole.tokens, whole.lengths, whole.audio_keys)
     assert joined([useless, useless], collator.padding).labels.shape == useless.labels.shape
 
