@@ -2,11 +2,12 @@
 
 Both are the same in every epoch as long as audio and labels are: the student's decoder is then all that is left to
 compute. They are kept as bfloat16 in memory-mapped files that grow to a limit; what comes later is computed each time.
+Training uses what is kept from the first pass on, rounded as it is, so a resumed run goes on with the same bits.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from distil_whisper.distiller import Distiller
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch
 from distil_whisper.models import weights_digest
+from distil_whisper.outputs import write_text
 
 _BYTES = 2  # of a bfloat16
 
@@ -37,15 +39,16 @@ class StateFile:
         self._read = [0] * processes  # how far each index was read
         self._places: dict[str, tuple[int, int, int]] = {}  # key -> process, first row, rows
         self._used = 0
-        self._refresh()
         self._data_paths[rank].touch()
+        self._drop_bad_lines()
+        self._refresh([rank])  # the others' when they are needed: they drop theirs at the same time
         self._data = self._data_paths[rank].open("r+b")
-        self._index = self._index_paths[rank].open("a", encoding="utf-8")
+        self._index = self._index_paths[rank].open("ab", buffering=0)
 
     def get(self, key: str) -> torch.Tensor | None:
         """The array of a key, None if there is none."""
         if key not in self._places:
-            self._refresh()
+            self._refresh(range(len(self._index_paths)))
         if key not in self._places:
             return None
         process, first, rows = self._places[key]
@@ -53,23 +56,29 @@ class StateFile:
         found = np.memmap(self._data_paths[process], np.uint16, "r", offset, shape=(rows, self.width))
         return torch.from_numpy(found.copy()).view(torch.bfloat16)
 
-    def put(self, key: str, states: torch.Tensor) -> None:
-        """Keep an array, if there is room."""
-        rows = len(states)
-        if key in self._places or self._used + rows > self.rows_limit:
-            return
-        data = states.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
-        self._data.seek(self._used * self.width * _BYTES)
-        self._data.write(data.tobytes())
-        self._data.flush()  # the index must never be ahead of the data
-        self._index.write(json.dumps([key, self._used, rows]) + "\n")
-        self._index.flush()
-        self._places[key] = (self.rank, self._used, rows)
-        self._used += rows
+    def put(self, arrays: dict[str, torch.Tensor]) -> None:
+        """Keep the arrays of a batch, if there is room for all of them.
 
-    def _refresh(self) -> None:
+        A killed run has kept all of a batch or none: a resumed one then computes in batches of the same size.
+        """
+        total = sum(len(array) for array in arrays.values())
+        if not arrays or self._used + total > self.rows_limit:
+            return
+        self._data.seek(self._used * self.width * _BYTES)
+        lines = []
+        for key, array in arrays.items():
+            data = array.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+            self._data.write(data.tobytes())
+            lines.append(json.dumps([key, self._used, len(array)]) + "\n")
+            self._places[key] = (self.rank, self._used, len(array))
+            self._used += len(array)
+        self._data.flush()  # the index must never be ahead of the data
+        self._index.write("".join(lines).encode())
+
+    def _refresh(self, processes: Iterable[int]) -> None:
         """Take in what the processes have added since."""
-        for process, path in enumerate(self._index_paths):
+        for process in processes:
+            path = self._index_paths[process]
             if not path.exists() or path.stat().st_size == self._read[process]:
                 continue
             with path.open("rb") as file:
@@ -77,10 +86,34 @@ class StateFile:
                 lines = file.read()
             lines = lines[: lines.rfind(b"\n") + 1]
             self._read[process] += len(lines)
-            for key, first, rows in map(json.loads, lines.splitlines()):
+            there = self._rows_of(process)
+            for key, first, rows in filter(None, (_entry(line, there) for line in lines.splitlines())):
                 self._places[key] = (process, first, rows)
                 if process == self.rank:
                     self._used = max(self._used, first + rows)
+
+    def _rows_of(self, process: int) -> int:
+        return self._data_paths[process].stat().st_size // (self.width * _BYTES)
+
+    def _drop_bad_lines(self) -> None:
+        """Take out of this process's index what was cut, and what its data file does not hold: that place is used
+        again."""
+        path, there = self._index_paths[self.rank], self._rows_of(self.rank)
+        found = path.read_bytes() if path.exists() else b""
+        good = b"".join(line + b"\n" for line in found.splitlines() if _entry(line, there))
+        if good != found:
+            write_text(path, good.decode())
+
+
+def _entry(line: bytes, there: int) -> tuple[str, int, int] | None:
+    """Key, first row and rows that a line of an index names; None if it was cut, or names more rows than there are."""
+    try:
+        key, first, rows = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    if not (isinstance(key, str) and type(first) is type(rows) is int and 0 <= first <= first + rows <= there):
+        return None
+    return key, first, rows
 
 
 class StateCaches:
@@ -155,14 +188,20 @@ def _kept(
 ) -> list[torch.Tensor]:
     """An array for each key: from the file, else computed for all that it lacks at once, and then kept.
 
-    lengths: how many rows of each computed array are worth keeping, None for all.
+    lengths: how many rows of each computed array are worth keeping, None for all. With a file, what is computed is
+    rounded as it is kept, and rows of one key get one array.
     """
     found = [file.get(key) if file is not None and key else None for key in keys]
     missing = [row for row, states in enumerate(found) if states is None]
+    new: dict[str, torch.Tensor] = {}
     for row, states in zip(missing, compute(missing) if missing else [], strict=True):
         found[row] = states
-        if file is not None and keys[row]:
-            file.put(keys[row], states if lengths is None else states[: lengths[row]])
+        if file is not None:
+            used = states if lengths is None else states[: lengths[row]]
+            found[row] = new.setdefault(keys[row], used.bfloat16())
+    new.pop("", None)  # what was asked for without a key
+    if file is not None:
+        file.put(new)
     return found
 
 

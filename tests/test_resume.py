@@ -88,6 +88,20 @@ def test_resumed_training_equals_an_unbroken_one(streaming, step, how, forgetful
     assert same(broken, unbroken) and not same(broken, forgetful)
 
 
+def test_resumed_training_with_caches_equals_an_unbroken_one(student, taught, labelled, stop, tmp_path):
+    """Steps that were done again, after the checkpoint, find in the caches what they computed the first time."""
+    flags = [*ENGLISH, "--teacher_model_name_or_path", taught, "--freeze_encoder", "--timestamp_probability", 0.5]
+    flags += ["--cache_encoder_outputs", "--cache_teacher_states", "--save_steps", 1, "--max_steps", 4]
+    unbroken = train_few(student, labelled, tmp_path / "unbroken", *flags)
+    stop(3, kill)
+    with pytest.raises(Killed):
+        train_few(student, labelled, tmp_path / "broken", *flags)
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"broken/checkpoint-{step}")
+    broken = train_few(student, labelled, tmp_path / "broken", *flags)
+    assert metrics(broken) == metrics(unbroken) and same(broken, unbroken)
+
+
 @pytest.fixture
 def scaled(monkeypatch):
     """Gradients are scaled as for float16 on a GPU, in bfloat16: the scales of the steps."""
