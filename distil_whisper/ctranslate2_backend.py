@@ -65,7 +65,7 @@ class CTranslate2Decoder:
             encoded,
             [prefix] * len(waveforms),
             beam_size=self.num_beams,
-            max_length=max(2 * most, len(prefix) + most),  # it allows half of it, and what the prefix leaves of it
+            max_length=max(2 * most, len(prefix) + most - 1),  # it allows half of it, and what the prefix leaves of it
             return_scores=True,
             return_no_speech_prob=True,
             suppress_blank=self.suppressed_at_first,
@@ -79,7 +79,7 @@ class CTranslate2Decoder:
         return [ranked[0][0].strip("<|>") for ranked in self.model.detect_language(encoded)]
 
     def _decoded(self, result, language: str | None, most: int) -> Decoded:
-        ids = result.sequences_ids[0][:most]  # it may go one too far
-        truncated = len(ids) >= most  # an end token within the limit leaves fewer
+        ids = result.sequences_ids[0]
+        truncated = len(ids) == most  # an end token within the limit leaves fewer
         total = result.scores[0] * len(ids)  # a score is a mean that does not count the end token
-        return Decoded(ids, truncated, total / max(len(ids) + (not truncated), 1), result.no_speech_prob, language)
+        return Decoded(ids, truncated, total / (len(ids) + 1), result.no_speech_prob, language)

@@ -31,7 +31,8 @@ class Decoded:
     ids: the tokens as generated, timestamps included, without prefix and end token.
     truncated: the length limit came before the end token.
     avg_logprob: mean log-probability of the tokens, the end token included, after the rules of decoding (suppressed
-    tokens, timestamps), as in openai/whisper. no_speech_prob: probability of <|nospeech|> after <|startoftranscript|>.
+    tokens, timestamps), as in openai/whisper, which divides by the number of tokens and one, truncated or not.
+    no_speech_prob: probability of <|nospeech|> after <|startoftranscript|>.
     language: the code of the likeliest language there, whatever the model was told; None for an English-only model.
     """
 
@@ -152,8 +153,8 @@ class Decoder:
     ) -> Decoded:
         truncated = self.grammar.end not in tokens
         ids = tokens if truncated else tokens[: tokens.index(self.grammar.end)]
-        counted = len(ids) + (not truncated)
-        return Decoded(ids, truncated, sum(logprobs[:counted]) / max(counted, 1), no_speech_prob, language)
+        counted = len(ids) + 1  # with the end token: openai/whisper divides by it even where none came
+        return Decoded(ids, truncated, sum(logprobs[:counted]) / counted, no_speech_prob, language)
 
 
 class SearchScores(LogitsProcessor):

@@ -295,7 +295,7 @@ class UnitLabeller:
             return {"utterance_ids": None, "utterance_starts": None, "utterance_texts": None}
         rate, id_column = self.whisper.window.sampling_rate, self.columns.id
         ids = [str(part.row[id_column]) if id_column else part.row_id for part in window.parts]
-        starts = [round(start / rate, 4) for start in window.starts]
+        starts = [start / rate for start in window.starts]  # not rounded: each gives back its sample
         return {"utterance_ids": ids, "utterance_starts": starts, "utterance_texts": self._texts(window)}
 
     def _errors(self, window: WindowAudio, spoken: str) -> dict:

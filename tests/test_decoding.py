@@ -266,7 +266,10 @@ def test_rows_that_have_ended_say_the_end_again(multilingual, waveforms, graphs)
 
 
 def recomputed_logprob(whisper, prefix, features, row, timestamps):
-    """The mean log-probability of a row's tokens from one pass over all of them, and the rules of decoding."""
+    """The mean log-probability of a row's tokens from one pass over all of them, and the rules of decoding.
+
+    As openai/whisper 20250625 reckons it (decoding.py, `lp / (len(t) + 1)`): of a truncated label, too.
+    """
     config = copy.deepcopy(whisper.model.generation_config)
     rules = [
         SuppressTokensLogitsProcessor(config.suppress_tokens),
@@ -282,7 +285,7 @@ def recomputed_logprob(whisper, prefix, features, row, timestamps):
         for rule in rules:
             scores = rule(tokens[:, :position], scores)
         total += scores.log_softmax(-1)[0, tokens[0, position]].item()
-    return total / (tokens.shape[1] - len(prefix))
+    return total / (len(row.ids) + 1)
 
 
 @torch.no_grad()
@@ -291,6 +294,7 @@ def recomputed_logprob(whisper, prefix, features, row, timestamps):
 def test_confidence_is_that_of_a_teacher_forced_pass(told, waveforms, timestamps, num_beams):
     whisper, words = told
     decoded = decode(whisper, words, waveforms, return_timestamps=timestamps, num_beams=num_beams)
+    assert {row.truncated for row in decoded} == {True, False}
     features = features_of(whisper, waveforms)
     prefix = whisper.grammar.prefix(words.get("language"), words.get("task"), timestamps)
     start = torch.tensor([[whisper.grammar.start]]).expand(len(waveforms), 1)

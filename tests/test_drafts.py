@@ -196,7 +196,9 @@ def test_a_search_with_the_texts_of_the_data(taught, utterances, monkeypatch):
     whisper.grammar.encode_transcript = lambda text, language: seen.append((text, language)) or encode(text, language)
     expected = decoder(waveforms, "en", "transcribe")
     texts = [utterances[0].text.upper(), None, *(utterance.text for utterance in utterances[2:6])]
-    assert [row.ids for row in decoder(waveforms, "en", "transcribe", texts)] == [row.ids for row in expected]
+    found = decoder(waveforms, "en", "transcribe", texts)
+    assert [row.ids for row in found] == [row.ids for row in expected]
+    assert [row.avg_logprob for row in found] == pytest.approx([row.avg_logprob for row in expected], abs=1e-4)
     assert seen == [(text, "en") for text in [texts[0].lower(), *texts[2:]]]
     asked = []
     monkeypatch.setattr("distil_whisper.decoding.drafted_search", lambda *given: asked.append(given))

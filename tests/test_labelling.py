@@ -6,6 +6,7 @@ audio it is of; the last test has a real one.
 
 import io
 import json
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from distil_whisper.labelling import (
 )
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import Normalisers
+from distil_whisper.packing import Utterance, WindowAudio
 from distil_whisper.tokens import plain_text
 
 RATE, TEXT = 16_000, Value("string")
@@ -281,6 +283,16 @@ def test_packed_windows(whisper, label):
     assert "note" not in found
     assert prompts(whisper, [by_words["six"]]) == ["one two four"]
     assert tally.rows == 3 and tally.seconds == 6.5
+
+
+@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100])
+def test_utterance_starts_give_back_the_samples(whisper, label, rate, monkeypatch):
+    """Of every offset: four digits are a sample off for a third of them."""
+    monkeypatch.setattr(whisper, "window", replace(whisper.window, sampling_rate=rate))
+    labeller, _ = labeller_of(whisper, None, BY_SPEAKER, concatenate=True)
+    offsets = [*range(4 * rate), *range(30 * rate, 30 * rate + 100)]
+    window = WindowAudio([Utterance("row", "anna", row(1), np.zeros(0))] * len(offsets), offsets, np.zeros(0), "row")
+    assert [round(start * rate) for start in labeller._parts(window)["utterance_starts"]] == offsets
 
 
 @pytest.mark.parametrize("language, joined", [("hi", "one two"), ("ja", "onetwo")])
