@@ -208,7 +208,7 @@ def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path)
         (["--lr_scheduler_type", "cosine_with_min_lr"], "cosine_with_restarts"),
         (["--learning_rate", -1], "--learning_rate is -1.0; it must be 0 or more"),
         (["--adam_beta2", 1], "--adam_beta2 is 1.0; it must be at least 0 and below 1"),
-        (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be 0 or more"),
+        (["--dataloader_num_workers", -1], "--dataloader_num_workers is -1; it must be between 0 and 1,024"),
         (["--max_steps", -1, "--num_train_epochs", 0], "--num_train_epochs is 0.0; it must be above 0"),
         (["--max_steps", 0], "--max_steps is 0; it must be 1 or more, or -1 for --num_train_epochs"),
         (["--wer_threshold", -5], "--wer_threshold is -5.0; it must be 0 or more"),
