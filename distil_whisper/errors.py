@@ -1,10 +1,16 @@
 """Errors that are part of the interface: one sentence for the user, never a traceback."""
 
 import difflib
+import errno
+import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from safetensors import SafetensorError
+
+DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, a quota, a limit of the size of files
 
 
 class UserError(Exception):
@@ -20,31 +26,50 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:
-    """Run a script's main: a UserError, a full GPU and Ctrl-C become a line on stderr, and exit codes 2, 2 and 130."""
+    """Run a script's main: a UserError, a full GPU, a full disk and Ctrl-C become a line on stderr.
+
+    The exit code is 130 after Ctrl-C, 2 after the others. Other errors keep their traceback.
+    """
     try:
         main()
-    except UserError as error:
-        # A DataLoader's worker sends its traceback along: the sentence stands behind the last name of the class.
-        sentence = str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; what is finished is kept", file=sys.stderr, flush=True)
         sys.exit(130)
-    except RuntimeError as error:
-        if (full := _full_gpu(error)) is None:
+    except Exception as error:
+        if (sentence := _sentence(error)) is None:
             raise
-        print(
-            f"error: {str(full).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
-            "--per_device_eval_batch_size), with which a run that is started again goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def _full_gpu(error: BaseException | None) -> torch.OutOfMemoryError | None:
-    """The error of a full GPU behind another one, such as that of a graph which could not be captured then."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error that they can mend; None for one that they cannot."""
+    if isinstance(error, UserError):
+        # A DataLoader's worker sends its traceback along: the sentence comes after the last name of the class.
+        return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
+    for cause in _causes(error):
+        if isinstance(cause, torch.OutOfMemoryError):
+            return (
+                f"{str(cause).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
+                "--per_device_eval_batch_size), with which a run that is started again goes on"
+            )
+        if (problem := _disk_problem(cause)) is not None:
+            return f"{problem}; what is finished is kept: make room, and start the same command again"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it, such as that of a graph which could not be captured as the GPU was full."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error
+
+
+def _disk_problem(error: BaseException) -> str | None:
+    """What an error says of a disk that takes no more; None for any other error."""
+    code, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(found.group(1))
+    if code not in DISK_PROBLEMS:
+        return None
+    return f"{file or 'a file'} cannot be written: {os.strerror(code)}"
