@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperTokenizer
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from distil_whisper.arguments import attention
@@ -23,6 +30,21 @@ ENGLISH_ONLY_VOCABULARY = (
     51_864  # openai/whisper tells its English-only models by this size; multilingual ones have more
 )
 FRAMES_AT_ONCE = 3000  # log-mel frames that a CPU's encoder is given together
+
+SIZES = (  # of a config, which are all 1 or more
+    "d_model",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "vocab_size",
+    "num_mel_bins",
+    "max_source_positions",
+    "max_target_positions",
+)
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
 
 MODEL_FILES = (  # what a saved checkpoint is made of; config.json comes last, and makes it loadable
     "README.md",
@@ -60,11 +82,17 @@ def load_whisper(
     Weights are read from safetensors only. `argument` is named in messages. Raises UserError for a checkpoint that is
     missing, incomplete or not Whisper.
     """
+    if Path(name).is_file():
+        raise UserError(f"{argument} {name} is a file; give the folder of the checkpoint, {Path(name).parent}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fastest = BY_PRODUCTS if device.type == "cpu" and dtype == "bfloat16" else None
     config = _load(AutoConfig, name, argument, cache_dir=cache_dir)
+    if (Path(name) / "generation_config.json").is_file():  # loading the model passes over a damaged one
+        _load(GenerationConfig, name, argument)
     if config.model_type != "whisper":
         raise UserError(f"{argument} {name} is a {config.model_type} model; give a Whisper checkpoint")
+    if (problem := _config_problem(config)) is not None:
+        raise UserError(f"{argument} {name} cannot be used: its config.json has {problem}")
     model, report = _load(
         WhisperForConditionalGeneration,
         name,
@@ -73,20 +101,63 @@ def load_whisper(
         dtype=getattr(torch, dtype),
         attn_implementation=attention(attn_type) or fastest,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are in the report, without a traceback
         output_loading_info=True,
     )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"{argument} {name} lacks {len(missing)} weights, such as {missing[0]}")
+    if (problem := _weights_problem(report)) is not None:
+        raise UserError(f"{argument} {name} cannot be used: {problem}")
     tokenizer = _load(WhisperTokenizer, name, argument, cache_dir=cache_dir)
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what is made where there are no files
         raise UserError(f"{argument} {name} has no tokenizer; put that of its teacher beside it (tokenizer.json)")
     feature_extractor = _load(WhisperFeatureExtractor, name, argument, cache_dir=cache_dir)
     grammar = Grammar(tokenizer, is_multilingual(model, tokenizer), config.max_target_positions)
+    if (problem := _tokenizer_problem(grammar, model)) is not None:
+        raise UserError(f"{argument} {name} cannot be used: {problem}; give model and tokenizer of one checkpoint")
     complete_generation_config(model, grammar)
     window = Window.from_models(feature_extractor, model.config)
     contiguous_states(model)
     return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
+
+
+def _config_problem(config) -> str | None:
+    """What no Whisper config can have, such as no layers; None if there is no such thing."""
+    for name in SIZES:
+        if getattr(config, name) < 1:
+            return f"{name} {getattr(config, name)}; it must be 1 or more"
+    for name in DROPOUTS:
+        if not 0 <= getattr(config, name) < 1:
+            return f"{name} {getattr(config, name)}; it must be at least 0 and below 1"
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if config.d_model % getattr(config, name):
+            return f"{name} {getattr(config, name)}, which does not divide d_model {config.d_model}"
+    return None
+
+
+def _weights_problem(report: dict) -> str | None:
+    """Where the weights of a checkpoint are not those that its config describes, by the report of their loading."""
+    if report["mismatched_keys"]:
+        weight, found, wanted = min(report["mismatched_keys"])
+        return f"its weight {weight} is {list(found)}, and its config.json wants {list(wanted)}"
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        return f"it lacks {len(missing)} weights, such as {missing[0]}"
+    if beyond := sorted(name for name in report["unexpected_keys"] if ".layers." in name):
+        return f"it has {len(beyond)} weights of layers that its config.json does not name, such as {beyond[0]}"
+    return None
+
+
+def _tokenizer_problem(grammar: Grammar, model: WhisperForConditionalGeneration) -> str | None:
+    """Where a model was trained with other token ids than its tokenizer has, as far as its configs tell."""
+    if grammar.timestamp_end >= model.config.vocab_size:
+        return f"its tokenizer has {grammar.timestamp_end + 1} tokens, and its vocab_size is {model.config.vocab_size}"
+    without_times = getattr(model.generation_config, "no_timestamps_token_id", None)
+    for name, of_model, of_tokenizer in (
+        ("<|startoftranscript|>", model.config.decoder_start_token_id, grammar.start),
+        ("<|notimestamps|>", without_times, grammar.no_timestamps),
+    ):
+        if of_model not in (None, of_tokenizer):
+            return f"{name} is token {of_model} of its model, and token {of_tokenizer} of its tokenizer"
+    return None
 
 
 def contiguous_states(model: WhisperForConditionalGeneration) -> None:
@@ -186,6 +257,14 @@ def _load(kind: type, name: str, argument: str, **options):
     """`kind.from_pretrained(name)`, with a sentence for what cannot be loaded."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split()).split(". ", 1)[0]
         raise UserError(f"{argument} {name} cannot be loaded as a Whisper checkpoint: {reason}") from error

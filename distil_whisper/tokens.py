@@ -72,7 +72,9 @@ class Grammar:
         if f"<|{code}|>" not in self._vocabulary or code not in LANGUAGES:
             known = [c for c in LANGUAGES if f"<|{c}|>" in self._vocabulary]
             names = [LANGUAGES[c] for c in known]
-            raise UserError(f"the model has no language {language!r} {nearest(str(language).lower(), known + names)}")
+            bare = re.split("[-_]", code)[0]  # en-US and pt_BR name a region, too
+            found = bare if bare in known else str(language).lower()
+            raise UserError(f"the model has no language {language!r} {nearest(found, known + names)}")
         return code
 
     @functools.cached_property

@@ -1,0 +1,75 @@
+"""Checkpoints that cannot be used: one sentence, whichever of their files is wrong."""
+
+import json
+import shutil
+
+import pytest
+
+from distil_whisper.errors import UserError
+from distil_whisper.models import load_whisper
+
+
+@pytest.fixture
+def checkpoint(toy_teacher, tmp_path):
+    return shutil.copytree(toy_teacher, tmp_path / "model")
+
+
+def edit(checkpoint, file, **values):
+    """Change values of one of a checkpoint's JSON files."""
+    path = checkpoint / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"d_model": 64}, r"its weight .* is \[.*\], and its config.json wants \["),
+        ({"encoder_ffn_dim": 129}, r"its weight model.encoder.layers.0.fc1.bias is \[128\], and .* wants \[129\]"),
+        (
+            {"decoder_layers": 2},
+            r"weights of layers that its config.json does not name, such as model.decoder.layers.2",
+        ),
+        ({"decoder_layers": 6}, r"it lacks \d+ weights, such as model.decoder.layers.4"),
+        ({"encoder_layers": 0}, r"its config.json has encoder_layers 0; it must be 1 or more"),
+        ({"vocab_size": -1}, r"its config.json has vocab_size -1; it must be 1 or more"),
+        ({"decoder_attention_heads": 5}, r"decoder_attention_heads 5, which does not divide d_model 32"),
+        ({"attention_dropout": 7}, r"attention_dropout 7; it must be at least 0 and below 1"),
+        ({"d_model": "many"}, r"cannot be loaded as a Whisper checkpoint: .*d_model"),
+        ({"activation_function": "nonsense"}, r"cannot be loaded as a Whisper checkpoint: .*nonsense"),
+        (
+            {"decoder_start_token_id": 5},
+            r"<\|startoftranscript\|> is token 5 of its model, and token \d+ of its tokeni",
+        ),
+    ],
+)
+def test_a_config_that_contradicts_the_checkpoint_is_one_sentence(values, sentence, checkpoint):
+    edit(checkpoint, "config.json", **values)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_whisper(str(checkpoint), argument="--teacher_checkpoint")
+    assert str(caught.value).startswith(f"--teacher_checkpoint {checkpoint} ") and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_whisper_is_one_sentence(checkpoint):
+    """Those of large-v2 and large-v3 differ by one token: every label would be shifted by it."""
+    edit(checkpoint, "generation_config.json", no_timestamps_token_id=371)
+    with pytest.raises(
+        UserError, match=r"<\|notimestamps\|> is token 371 of its model, and token \d+ of its tokenizer"
+    ):
+        load_whisper(str(checkpoint))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b'{"half": '])
+@pytest.mark.parametrize(
+    "file",
+    ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"],
+)
+def test_a_damaged_file_is_one_sentence(file, content, checkpoint):
+    (checkpoint / file).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded as a Whisper checkpoint") as caught:
+        load_whisper(str(checkpoint))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_checkpoint_is_not_its_folder(checkpoint):
+    with pytest.raises(UserError, match=rf"config.json is a file; give the folder of the checkpoint, {checkpoint}$"):
+        load_whisper(str(checkpoint / "config.json"))
