@@ -202,6 +202,8 @@ def test_a_stream_of_which_nothing_is_left_says_why(student, labelled, tmp_path)
         (["--max_label_length", 0], "is left to train on (24 x label longer than --max_label_length)"),
         (["--use_pseudo_labels", True, "--train_dataset_name", "SPEECH"], "--use_pseudo_labels whisper_transcript is"),
         (["--language", "hindee"], "the model has no language 'hindee'"),
+        (["--language", "en-US"], "did you mean en?"),
+        (["--language", "pt_BR"], "did you mean pt?"),
         (["--report_to", "wandbb"], "--report_to has an unknown tracker wandbb (allowed: "),
         (["--normalizer", "basics"], "there is no text normaliser 'basics' (allowed: "),
         (["--lr_scheduler_type", "lineer"], "linear"),
