@@ -263,7 +263,7 @@ def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
             raise UserError(
                 f"--text_column_name {name} is a column that labelling writes; give the transcripts another"
             )
-    roles = [given_or("text", None), given("id"), given("speaker_id"), given("recording_id")]
+    roles = [given("text"), given("id"), given("speaker_id"), given("recording_id")]
     roles += [given_or("language", args.language), given_or("task", args.task)]
     columns = [Columns(args.audio_column_name, *of_source) for of_source in zip(*roles, strict=True)]
     for source, of_source in zip(sources, columns, strict=True):

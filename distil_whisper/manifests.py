@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,12 +23,13 @@ _AUDIO_SUFFIXES = frozenset(AudioFolder.EXTENSIONS) | {".oga", ".aif", ".m4a", "
 _WHOLE, _DECIMAL = re.compile(r"0|-?[1-9]\d{0,17}"), re.compile(r"-?(0|[1-9]\d*)?\.\d+([eE][-+]?\d+)?")
 
 
-def read_manifest(path: Path, audio_column: str) -> Dataset:
+def read_manifest(path: Path, audio_column: str, exact: Collection[str] = ()) -> Dataset:
     """A JSON, JSONL, CSV or TSV manifest, one row an utterance; audio paths are relative to the manifest.
 
-    JSON may be a list of rows, {"data": [rows]} or one row a line. Raises UserError for what cannot be read.
+    JSON may be a list of rows, {"data": [rows]} or one row a line. exact: columns whose cells can be written again as
+    they are written. Raises UserError for what cannot be read.
     """
-    rows = _read_rows(path)
+    rows = _read_rows(path, exact)
     if not rows:
         raise UserError(f"{path} holds no rows")
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -55,14 +56,15 @@ def splits_of_audio_folder(folder: Path) -> dict[str, Path]:
     return splits or {"train": folder}
 
 
-def read_audio_folder(folder: Path, split: Path) -> Dataset:
+def read_audio_folder(folder: Path, split: Path, exact: Collection[str] = ()) -> Dataset:
     """One split of an audio folder: the rows of its metadata.csv or metadata.jsonl, else its audio files by name.
 
-    Columns: audio, file_name, and what the metadata has. Raises UserError for metadata without file names.
+    Columns: audio, file_name, and what the metadata has; exact as for a manifest. Raises UserError for metadata
+    without file names.
     """
-    rows = [row for metadata in _metadata_files(split) for row in _described(metadata)]
+    rows = [row for metadata in _metadata_files(split) for row in _described(metadata, exact)]
     if not rows and split != folder:
-        described = [row for metadata in _metadata_files(folder) for row in _described(metadata)]
+        described = [row for metadata in _metadata_files(folder) for row in _described(metadata, exact)]
         rows = [row for row in described if split in Path(row[FOLDER_AUDIO_COLUMN]).parents]
     if not rows:
         names = sorted(path.relative_to(split).as_posix() for path in _audio_files(split))
@@ -81,8 +83,8 @@ def _metadata_files(folder: Path) -> list[Path]:
     return sorted(path for name in METADATA for path in folder.rglob(name))
 
 
-def _described(metadata: Path) -> list[dict]:
-    rows = _read_rows(metadata)
+def _described(metadata: Path, exact: Collection[str]) -> list[dict]:
+    rows = _read_rows(metadata, exact)
     for index, row in enumerate(rows):
         if not isinstance(row.get(FILE_NAME), str):
             raise UserError(f"row {index} of {metadata} has no {FILE_NAME} {nearest(FILE_NAME, row)}")
@@ -90,10 +92,10 @@ def _described(metadata: Path) -> list[dict]:
     return rows
 
 
-def _read_rows(path: Path) -> list[dict]:
+def _read_rows(path: Path, exact: Collection[str]) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-        return _csv_rows(text, path) if path.suffix in (".csv", ".tsv") else _json_rows(text, path)
+        return _csv_rows(text, path, exact) if path.suffix in (".csv", ".tsv") else _json_rows(text, path)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
@@ -131,7 +133,7 @@ def _broken(path: Path, error: json.JSONDecodeError, line: int | None = None):
     raise UserError(f"{path} is not valid JSON at line {line or error.lineno}: {error.msg}") from error
 
 
-def _csv_rows(text: str, path: Path) -> list[dict]:
+def _csv_rows(text: str, path: Path, exact: Collection[str]) -> list[dict]:
     # Tab-separated files such as Common Voice's do not quote, and their transcripts may begin with a quotation mark.
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     rows = list(csv.DictReader(io.StringIO(text), strict=True, **dialect))
@@ -140,15 +142,18 @@ def _csv_rows(text: str, path: Path) -> list[dict]:
             raise UserError(f"row {index} of {path} has not as many cells as the first line has names")
     for name in rows[0] if rows else []:
         cells = [row[name] for row in rows]
-        for row, value in zip(rows, _numbers(cells), strict=True):
+        for row, value in zip(rows, _numbers(cells, name in exact), strict=True):
             row[name] = value
     return rows
 
 
-def _numbers(cells: list[str]) -> list:
-    """A column as numbers where each is written as one; names such as 007 stay text, empty cells become null."""
+def _numbers(cells: list[str], exact: bool) -> list:
+    """A column as numbers where each is written as one; names such as 007 stay text, empty cells become null.
+
+    exact: only as whole numbers, whose spelling can be told from their value; 1.50 and 1.5 would be the same.
+    """
     filled = [cell for cell in cells if cell]
-    for pattern, kind in ((_WHOLE, int), (_DECIMAL, float)):
+    for pattern, kind in ((_WHOLE, int),) if exact else ((_WHOLE, int), (_DECIMAL, float)):
         if filled and all(pattern.fullmatch(cell) or (kind is float and _WHOLE.fullmatch(cell)) for cell in filled):
             return [kind(cell) if cell else None for cell in cells]
     return cells

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,12 +132,19 @@ class Source:
         return f"rows {digest.hexdigest()}"
 
     def as_text(self, column: str) -> None:
-        """Take a column of numbers (a CSV of spoken digits) as text. Raises UserError for one that cannot be text."""
+        """Take a column of whole numbers (a CSV of spoken digits) as text.
+
+        Raises UserError for one that is no text: of a number such as 1.50 nobody knows any more how it was written.
+        """
         feature = self.features[column]
-        if getattr(feature, "dtype", None) in ("string", "large_string"):
+        kind = str(getattr(feature, "dtype", feature))
+        if kind in ("string", "large_string"):
             return
-        if not str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float")):
-            raise UserError(f"column {column} of {self.label} holds no text, but {feature}")
+        if not kind.startswith(("int", "uint")):
+            raise UserError(
+                f"column {column} of {self.label} holds no text, but {kind}; store the transcripts as strings, or "
+                "name their column with --text_column_name"
+            )
         self._data = self._data.cast_column(column, Value("string"))
         self.features = self._data.features
 
@@ -176,15 +183,17 @@ def open_source(
     cache_dir: str | None = None,
     num_proc: int = 1,
     audio_column: str = "audio",
+    exact: Collection[str] = (),
     rows_per_unit: int = 1000,
 ) -> Source:
     """Open a split of a Hub dataset, a folder of Parquet (also by a URL such as s3://, with the configuration as a
     folder in it), a save_to_disk folder, a manifest or an audio folder.
 
+    exact: columns of a CSV whose numbers are to be told apart as they are written (1.5 and 1.50).
     A unit is an input file where `datasets` reads the files, else rows_per_unit rows (as for a slice, train[:100]).
     Raises UserError for a source, config, split or audio column that is not there, naming the nearest one.
     """
-    local = None if _is_url(name) else _open_local(name, split, audio_column)
+    local = None if _is_url(name) else _open_local(name, split, audio_column, exact)
     if local is not None:
         data, lengths, config, files = _sliced(local, split), None, "default", []
     else:
@@ -213,16 +222,16 @@ def require_columns(source: Source, **columns: str | None) -> None:
             raise UserError(f"--{argument} {column} is not a column of {source.label} {allowed}")
 
 
-def _open_local(name: str, split: str, audio_column: str) -> Dataset | None:
+def _open_local(name: str, split: str, audio_column: str, exact: Collection[str]) -> Dataset | None:
     """What is read without a builder of `datasets`, or None for what is left to one."""
     path = Path(name)
     if path.is_dir():
-        return _open_folder(path, split, audio_column)
+        return _open_folder(path, split, audio_column, exact)
     if path.is_file():
         if path.suffix not in MANIFEST_SUFFIXES:
             allowed = ", ".join(MANIFEST_SUFFIXES)
             raise UserError(f"{name} is not a manifest: the name of one ends in {allowed}")
-        return read_manifest(path, audio_column)
+        return read_manifest(path, audio_column, exact)
     if name.startswith((".", os.sep, "~")) or name.endswith(MANIFEST_SUFFIXES) or name.count("/") > 1:
         beside = os.listdir(path.parent) if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
@@ -231,7 +240,7 @@ def _open_local(name: str, split: str, audio_column: str) -> Dataset | None:
     return None
 
 
-def _open_folder(path: Path, split: str, audio_column: str) -> Dataset | None:
+def _open_folder(path: Path, split: str, audio_column: str, exact: Collection[str]) -> Dataset | None:
     if any((path / name).is_file() for name in _SAVED):
         return _saved(path, split)
     if next(path.rglob("*.parquet"), None) is not None:
@@ -239,10 +248,10 @@ def _open_folder(path: Path, split: str, audio_column: str) -> Dataset | None:
     for suffix in MANIFEST_SUFFIXES:  # such as train.tsv, test.tsv and dev.tsv of Common Voice
         manifest = path / f"{split.partition('[')[0]}{suffix}"
         if manifest.is_file():
-            return read_manifest(manifest, audio_column)
+            return read_manifest(manifest, audio_column, exact)
     if is_audio_folder(path):
         splits = splits_of_audio_folder(path)
-        return read_audio_folder(path, splits[_known_split(split, splits, str(path))])
+        return read_audio_folder(path, splits[_known_split(split, splits, str(path))], exact)
     return None
 
 

@@ -7,6 +7,8 @@ from distil_whisper.arguments import split_plus
 from distil_whisper.errors import UserError
 from distil_whisper.reading import Source, open_source, require_columns
 
+DEFAULT_COLUMNS = ("text", "language", "task")  # taken where there is one and no flag names another
+
 
 @dataclass(frozen=True)
 class SourceFlags:
@@ -60,6 +62,7 @@ def open_sources(args, prefix: str = "dataset") -> list[Source]:
             cache_dir=args.cache_dir,
             num_proc=args.preprocessing_num_workers,
             audio_column=args.audio_column_name,
+            exact=_columns_by_role(args),
         )
         for name, config, split in zip(
             flags.spread(flags.name_flag, flags.names),
@@ -70,6 +73,12 @@ def open_sources(args, prefix: str = "dataset") -> list[Source]:
     ]
 
 
+def _columns_by_role(args) -> set[str]:
+    """The columns that hold text or tell rows, speakers and recordings apart, of whichever dataset."""
+    flags = (value for name, value in vars(args).items() if name.endswith("_column_name"))
+    return {*DEFAULT_COLUMNS, *chain.from_iterable(map(split_plus, flags))} - {None}
+
+
 def first_row(source: Source, *columns: str) -> dict:
     """What the first row of a dataset holds in those of the columns that there are."""
     there = [name for name in columns if name in source.column_names]
@@ -78,11 +87,15 @@ def first_row(source: Source, *columns: str) -> dict:
 
 
 def columns_of(args, prefix: str, sources: list[Source], flag: str) -> list[str | None]:
-    """One column for each source, from a + list. Raises UserError for a column that a source lacks."""
+    """One column for each source, from a + list; where none is named for transcripts, text, if there is such a column.
+
+    Raises UserError for a column that a source lacks, and for transcripts that are no text.
+    """
     columns = SourceFlags.of(args, prefix).spread(f"--{flag}", getattr(args, flag))
-    for source, column in zip(sources, columns, strict=True):
-        if column is not None:
-            require_columns(source, **{flag: column})
-            if flag.endswith("text_column_name"):
-                source.as_text(column)
+    for number, source in enumerate(sources):
+        require_columns(source, **{flag: columns[number]})
+        if flag.endswith("text_column_name"):
+            columns[number] = columns[number] or ("text" if "text" in source.column_names else None)
+            if columns[number] is not None:
+                source.as_text(columns[number])
     return columns

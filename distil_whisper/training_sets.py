@@ -104,9 +104,8 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
         pseudo = labelled if args.use_pseudo_labels is None else args.use_pseudo_labels
         if pseudo and not labelled:
             require_columns(source, use_pseudo_labels=PSEUDO_COLUMNS[0])
-        if text is None and ("text" in source.column_names or not pseudo):
-            text = "text"
-            require_columns(source, text_column_name=text)
+        if text is None and not pseudo:
+            require_columns(source, text_column_name="text")
         if text is None and args.wer_threshold is not None:
             raise UserError(
                 f"--wer_threshold compares pseudo-labels with transcripts, and {source.label} has no column text; "

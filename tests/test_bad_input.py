@@ -305,16 +305,54 @@ def test_launched_help(script):
     assert ran.code == 0 and "--generation_num_beams" in ran.stdout and "accelerate launch" in ran.stdout
 
 
-def test_transcripts_of_digits_in_a_table_are_text(student, utterances, tmp_path, capsys):
-    (tmp_path / "clips").mkdir()
-    lines = ["audio,text"]
-    for number, utterance in enumerate(utterances[:4]):
-        (tmp_path / "clips" / f"{number}.wav").write_bytes(utterance.encoded())
-        lines.append(f"clips/{number}.wav,{number}")
-    (tmp_path / "digits.csv").write_text("\n".join(lines) + "\n")
-    names = ["--language", "en", "--model_name_or_path", student, "--report_to", "none"]
-    run("run_short_form_eval", *names, "--dataset_name", tmp_path / "digits.csv", "--output_dir", tmp_path / "out")
-    predictions = [
-        json.loads(line) for line in (tmp_path / "out/short_form_predictions.jsonl").read_text().splitlines()
-    ]
-    assert [row["reference"] for row in predictions] == ["0", "1", "2", "3"]
+def write_table(folder, utterances, texts: list[str]):
+    """A CSV whose cells are written as they are given, audio files beside it."""
+    folder.mkdir()
+    for number, utterance in enumerate(utterances[: len(texts)]):
+        (folder / f"{number}.wav").write_bytes(utterance.encoded())
+    lines = [f"{number}.wav,{text},{number}.{number}0" for number, text in enumerate(texts)]
+    (folder / "numbers.csv").write_text("\n".join(["audio,text,id", *lines]) + "\n")
+    return folder / "numbers.csv"
+
+
+SPELT = [["1", "22", "3"], ["1.50", "22", ".5"]]
+
+
+@pytest.mark.parametrize("texts", SPELT, ids=" ".join)
+def test_transcripts_of_numbers_in_a_table_are_text_as_it_is_written(
+    texts, taught, student, utterances, tmp_path, seen
+):
+    """In every stage, where the column text is taken without being named."""
+    table = write_table(tmp_path / "data", utterances, texts)
+    rows = rows_of(
+        label(
+            taught,
+            table,
+            tmp_path / "labels",
+            *ENGLISH,
+            "--id_column_name",
+            "id",
+            "--concatenate_audio",
+            "--speaker_id_column_name",
+            "id",
+        )
+    )
+    assert [row["text"] for row in rows] == texts
+    assert [row["utterance_ids"] for row in rows] == [["0.00"], ["1.10"], ["2.20"]]
+    train_few(student, table, tmp_path / "model", *SFT, "--max_steps", 1)
+    assert len(seen.batches) == 1
+    names = [*ENGLISH, "--model_name_or_path", student, "--report_to", "none"]
+    run("run_short_form_eval", *names, "--dataset_name", table, "--output_dir", tmp_path / "out")
+    lines = (tmp_path / "out/short_form_predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reference"] for line in lines] == texts
+
+
+def test_transcripts_that_are_no_text_are_one_sentence(taught, student, utterances, tmp_path):
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:3], text=1.5)
+    sentence = r"column text of .*train holds no text, but float64; store the transcripts as strings, or name their"
+    for stage in (
+        lambda: label(taught, manifest, tmp_path / "labels", *ENGLISH),
+        lambda: train_few(student, manifest, tmp_path / "model", *SFT),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            stage()

@@ -38,6 +38,18 @@ def test_the_values_of_manifests(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_numbers_of_a_table_can_be_told_apart_as_they_are_written(tmp_path, streaming):
+    (tmp_path / "m.csv").write_text("audio,text,id,n\na.wav,1.50,7,1.50\nb.wav,2,8,2\n")
+    source = open_source(str(tmp_path / "m.csv"), streaming=streaming, exact={"text", "id"})
+    source.as_text("text")
+    source.as_text("id")
+    rows = [(row["text"], row["id"], row["n"]) for row in source.rows(0)]
+    assert rows == [("1.50", "7", 1.5), ("2", "8", 2)]
+    with pytest.raises(UserError, match=r"column n of m.csv/default/train holds no text, but float64; store"):
+        source.as_text("n")
+
+
 def test_a_row_whose_audio_is_missing_is_left_to_the_decoder(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"audio": "gone.wav"}\n\n{"audio": null}\n')
     gone, none = open_source(str(tmp_path / "m.jsonl")).rows(0)
