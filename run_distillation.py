@@ -51,7 +51,7 @@ MAY_CHANGE |= {"dataloader_num_workers", "eval_dataset_name", "eval_dataset_conf
 MAY_CHANGE |= {"eval_text_column_name", "do_train", "do_eval", "predict_with_generate", "generation_max_length"}
 MAY_CHANGE |= {"generation_num_beams", "cache_encoder_outputs", "cache_teacher_states", "cache_size_gb", "eval_steps"}
 MAY_CHANGE |= {"per_device_eval_batch_size", "logging_steps", "save_steps", "save_total_limit"}
-MAY_CHANGE |= {"save_best_total_limit", "load_best_model_at_end"}
+MAY_CHANGE |= {"save_best_total_limit", "load_best_model_at_end", "max_skipped"}
 
 
 @dataclass
@@ -79,6 +79,9 @@ class Arguments(ModelFields, DataFields, RunFields):
     task_column_name: str = option("task", "Column of the task of each row, where there is one.")
     max_train_samples: int | None = option(
         None, "Use only so many rows of each training dataset (map-style).", at_least=1
+    )
+    max_skipped: float = option(
+        5.0, "Stop when more than so many percent of the rows cannot be used.", at_least=0, at_most=100
     )
     use_pseudo_labels: bool | None = option(
         None,
@@ -385,6 +388,17 @@ def log(run: Training) -> None:
         values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / run.data.batches_per_epoch
     run.trackers.log(values, run.state.step)
     say(run, f"step {run.state.step}: " + ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items()))
+    check_skipped(run)
+
+
+def check_skipped(run: Training, at_least: int = 100) -> None:
+    """Raise UserError if too many rows cannot be used. A few rows say little: they are judged at the end."""
+    rows, skipped, most = run.meter.rows, run.meter.skipped, run.args.max_skipped
+    if rows >= at_least and 100 * skipped > most * rows:
+        raise UserError(
+            f"{skipped} of {rows} rows cannot be used, more than --max_skipped {most:g} percent; the lines that begin "
+            "with 'skipped' say why: allow more to go on from the last checkpoint, or mend them"
+        )
 
 
 def say(run: Training, line: str) -> None:
@@ -443,6 +457,7 @@ def evaluate(run: Training) -> None:
 def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
     run.state.metered, run.state.streams = run.meter.sums(), run.data.to_keep()
+    run.state.rows, run.state.skipped = run.meter.rows, run.meter.skipped
     run.state.scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
@@ -536,7 +551,7 @@ def go_on(run: Training, max_steps: int) -> None:
     resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler, run.accelerator.print)
     if resumed is not None:
         run.state = resumed
-        run.meter.go_on(resumed.metered)
+        run.meter.go_on(resumed.metered, resumed.rows, resumed.skipped)
         if run.accelerator.scaler and resumed.scaler:
             run.accelerator.scaler.load_state_dict(resumed.scaler)
         run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
@@ -609,6 +624,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     run.trackers = open_trackers(run, folder)
     train(run, max_steps)
     run.checkpoints.finish()
+    check_skipped(run, at_least=0)
     export(run, folder, repo)
 
 

@@ -62,15 +62,19 @@ class WaveformAugment:
         return samples, speed
 
 
-def at_speed(target: Target, speed: float, grammar: Grammar) -> Target:
-    """A target whose timestamps are those of audio played faster by a factor."""
+def at_speed(target: Target, speed: float, grammar: Grammar, window_seconds: float) -> Target:
+    """A target whose timestamps are those of audio played faster by a factor; none is after the window's end.
+
+    A teacher may set a mark after the end of the audio, which slower audio would move out of the window.
+    """
     if speed == 1.0 or not target.has_timestamps:
         return target
     first = grammar.timestamp_begin
-    ids = [
-        grammar.timestamp((t - first) * TIME_PRECISION / speed) if grammar.is_timestamp(t) else t for t in target.ids
-    ]
-    return Target(ids, True)
+
+    def moved(token: int) -> int:
+        return grammar.timestamp(min((token - first) * TIME_PRECISION / speed, window_seconds))
+
+    return Target([moved(token) if grammar.is_timestamp(token) else token for token in target.ids], True)
 
 
 def _spans(batch: int, size: int, probability: float, length: int, at_least: int, device) -> torch.Tensor:

@@ -39,13 +39,15 @@ _MOMENTS = "state."
 @dataclass
 class TrainerState:
     """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
-    validation, what the meter has summed since the last line of metrics, where the streams stand, and how float16's
-    gradients are scaled."""
+    validation, what the meter has summed since the last line of metrics, the rows that came until then and those of
+    them that were skipped, where the streams stand, and how float16's gradients are scaled."""
 
     step: int = 0
     figures: dict[int, float] = field(default_factory=dict)
     evaluation: dict[str, float] = field(default_factory=dict)
     metered: list[float] = field(default_factory=list)
+    rows: int = 0
+    skipped: int = 0
     streams: dict = field(default_factory=dict)
     scaler: dict = field(default_factory=dict)
 

@@ -1,6 +1,7 @@
 """Training examples: a row of a dataset becomes a waveform and a token sequence, and rows become a batch."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,7 +63,8 @@ class Batch:
 
     valid_positions [tokens] are where the flattened labels are not ignored: a GPU that had to look for them would be
     waited for. audio_keys are digests of the samples ("" if they were not asked for), lengths the decoder positions
-    in use. row_ids are those of the rows that are trained on, in order.
+    in use. row_ids are those of the rows that are trained on, in order. prompts_left_out counts the rows that were to
+    have a prompt which could not be used.
     """
 
     waveforms: torch.Tensor
@@ -74,6 +76,7 @@ class Batch:
     audio_keys: list[str]
     lengths: list[int]
     row_ids: list[str]
+    prompts_left_out: int
 
     @property
     def tokens(self) -> int:
@@ -135,18 +138,31 @@ class Labeller:
         return None if self.task(row, columns) in TASK_IDS else f"no task of Whisper's in column {columns.task_column}"
 
     def sequence(
-        self, row: dict, columns: LabelColumns, row_id: str, epoch: int, speed: float = 1.0
+        self,
+        row: dict,
+        columns: LabelColumns,
+        row_id: str,
+        epoch: int,
+        speed: float = 1.0,
+        window_seconds: float = math.inf,
     ) -> Sequence | None:
-        """What the decoders see of a row in an epoch, its audio faster by a factor; None if the label does not fit."""
+        """What the decoders see of a row in an epoch, its audio faster by a factor; None if the label does not fit.
+
+        A prompt that cannot be used is left out. Raises UserError for a label that cannot be.
+        """
         settings, grammar = self.settings, self.grammar
         timestamp_draw, prompt_draw = draws(settings.seed, epoch, row_id)
-        target = at_speed(self.target(row, columns), speed, grammar)
+        target = at_speed(self.target(row, columns), speed, grammar, window_seconds)
         if timestamp_draw >= settings.timestamp_probability:
             target = grammar.without_timestamps(target)
-        prompt = []
+        prompt, left_out = [], False
         if columns.pseudo and prompt_draw < settings.condition_on_prev_probability:
-            prompt = self.prompt(row, target.has_timestamps)
-        return self.frame(row, columns, target, prompt)
+            try:
+                prompt = self.prompt(row, target.has_timestamps)
+            except UserError:
+                left_out = True
+        sequence = self.frame(row, columns, target, prompt)
+        return replace(sequence, prompt_left_out=True) if sequence and left_out else sequence
 
     def frame(self, row: dict, columns: LabelColumns, target: Target, prompt: list[int] = ()) -> Sequence | None:
         """A target with the row's prefix, and with an end token unless the teacher never came to it."""
@@ -154,13 +170,13 @@ class Labeller:
         return self.grammar.sequence(target, self.language(row, columns), self.task(row, columns), prompt, truncated)
 
     def prompt(self, row: dict, timestamps: bool) -> list[int]:
-        """The previous window's tokens. Raises UserError if another tokenizer wrote them."""
+        """The previous window's tokens. Raises UserError where they cannot be used."""
         ids = row.get("condition_on_prev")
         fingerprint = row.get("tokenizer_fingerprint")
         if ids and fingerprint not in (None, self.grammar.fingerprint):
             raise UserError(
                 f"condition_on_prev was written with another tokenizer ({fingerprint}) than the student's "
-                f"({self.grammar.fingerprint}); label with this teacher, or set --condition_on_prev_probability 0"
+                f"({self.grammar.fingerprint})"
             )
         return self.grammar.prompt_of_ids(ids, timestamps)
 
@@ -183,7 +199,7 @@ class ExampleMaker:
         self.audio_keys = audio_keys
 
     def __call__(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Example:
-        """The example of a row; one with a problem where the audio cannot be used."""
+        """The example of a row; one with a problem where its audio or its label cannot be used."""
         try:
             samples = decode(row[self.audio_column], self.window.sampling_rate)
         except AudioError as error:
@@ -196,7 +212,10 @@ class ExampleMaker:
         if self.augment:
             draw = np.random.default_rng(_digest("augment", self.labeller.settings.seed, epoch, row_id))
             samples, speed = self.augment(samples, self.window.samples, draw)
-        sequence = self.labeller.sequence(row, columns, row_id, epoch, speed)
+        try:
+            sequence = self.labeller.sequence(row, columns, row_id, epoch, speed, self.window.seconds)
+        except UserError as error:
+            return Example(row_id, problem=str(error))
         if sequence is None:
             return Example(row_id, problem="label longer than the decoder's positions")
         key = hashlib.blake2b(samples.tobytes(), digest_size=12).hexdigest() if self.audio_keys else ""
@@ -229,7 +248,8 @@ class Collator:
         keys = [example.audio_key for example in good] or [""]
         lengths = [len(sequence.labels) for sequence in sequences]
         ids, waveforms, valid = [example.row_id for example in good], stack(samples, self.window), positions_of(labels)
-        return Batch(waveforms, inputs, labels, valid, seconds, problems, keys, lengths, ids)
+        left_out = sum(sequence.prompt_left_out for sequence in sequences)
+        return Batch(waveforms, inputs, labels, valid, seconds, problems, keys, lengths, ids, left_out)
 
 
 def positions_of(labels: torch.Tensor) -> torch.Tensor:
@@ -260,6 +280,7 @@ def joined(parts: list[Batch], padding: int) -> Batch:
         [key for part in parts for key in part.audio_keys],
         [length for part in parts for length in part.lengths],
         [row_id for part in parts for row_id in part.row_ids],
+        sum(part.prompts_left_out for part in parts),
     )
 
 

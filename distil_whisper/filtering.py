@@ -17,6 +17,7 @@ from distil_whisper.progress import bar
 from distil_whisper.tokens import compression_ratio, plain_text
 
 KEPT = "kept"
+UNREADABLE = f"{KEPT}, to be skipped in training: its label cannot be read"
 CUT = "kept without the utterances above --wer_threshold"
 MISMATCH = "another language than the teacher was told"
 ROWS_PER_TASK = 5_000
@@ -78,8 +79,8 @@ class RowFilter:
         self.settings = settings
 
     def __call__(self, row: dict) -> str:
-        """How it is kept (see is_kept), or the reason in words that the table shows. Raises UserError for a label that
-        cannot be read."""
+        """How it is kept (see is_kept), or the reason in words that the table shows. A label that cannot be read is
+        for training to skip: what is broken counts for --max_skipped, what is unwanted does not."""
         settings = self.settings
         if (row.get("duration") or 0.0) > settings.window_seconds:
             return "audio longer than the window"
@@ -88,7 +89,10 @@ class RowFilter:
         untold = self.labeller.untold(row, self.columns)
         if untold is not None:
             return untold
-        target = self.labeller.target(row, self.columns)
+        try:
+            target = self.labeller.target(row, self.columns)
+        except UserError:
+            return UNREADABLE
         words = self.labeller.grammar.without_timestamps(target).ids
         if not words and settings.drop_empty:
             return "empty transcript"
@@ -256,10 +260,4 @@ def table(counts: Iterable[tuple[str, Counter]]) -> str:
 
 def _verdicts(task) -> list[str]:
     dataset, row_filter, (start, end) = task
-    verdicts = []
-    for number, row in enumerate(dataset.select(range(start, end)), start):
-        try:
-            verdicts.append(row_filter(row))
-        except UserError as error:
-            raise UserError(f"row {row.get('row_id') or number}: {error}") from error
-    return verdicts
+    return [row_filter(row) for row in dataset.select(range(start, end))]

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
@@ -18,18 +19,22 @@ class Meter:
     def __init__(self, accelerator: Accelerator, weights: LossWeights):
         self.accelerator = accelerator
         self.weights = weights
+        self.rows = self.skipped = 0  # rows of the whole run that came, and those of them that could not be used
         self._start()
 
     def _start(self) -> None:
         self._losses = torch.zeros(3, device=self.accelerator.device, dtype=torch.float64)  # ce, kl, valid tokens
-        self._counts = [0.0] * 4  # samples, seconds of audio, places of the label tensors, rows that could not be used
+        # samples, seconds of audio, places of the label tensors, rows and prompts that could not be used
+        self._counts = [0.0] * 5
         self._norm, self._since = 0.0, time.perf_counter()
 
     def add(self, group: list[Batch], losses: torch.Tensor, norm: float) -> None:
         """Take note of a step: its batches, its sums of ce, kl and tokens, and its gradient norm."""
-        samples = sum(len(batch.labels) for batch in group)
-        seconds, places = sum(batch.seconds for batch in group), sum(batch.labels.numel() for batch in group)
-        counts = [samples, seconds, places, sum(len(batch.problems) for batch in group)]
+        rows = [
+            (len(batch.row_ids), batch.seconds, batch.labels.numel(), len(batch.problems), batch.prompts_left_out)
+            for batch in group
+        ]
+        counts = [sum(counted) for counted in zip(*rows, strict=True)]
         self._losses += losses
         self._counts = [one + other for one, other in zip(self._counts, counts, strict=True)]
         self._norm = norm
@@ -39,11 +44,13 @@ class Meter:
         sums = torch.cat([self._losses, self._losses.new_tensor(self._counts)])
         return self.accelerator.reduce(sums, "sum").tolist()
 
-    def go_on(self, sums: list[float]) -> None:
+    def go_on(self, sums: list[float], rows: int, skipped: int) -> None:
         """Go on from what a checkpoint holds."""
+        self.rows, self.skipped = rows, skipped
         if self.accelerator.is_main_process:
             self._losses += self._losses.new_tensor(sums[:3])
-            self._counts = [one + other for one, other in zip(self._counts, sums[3:], strict=True)]
+            # Checkpoints of earlier versions count fewer things.
+            self._counts = [one + other for one, other in zip_longest(self._counts, sums[3:], fillvalue=0.0)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,7 +61,8 @@ class Meter:
 
     def read(self) -> dict[str, float]:
         """Metrics by name; every process must call it. Peak memory is this process's."""
-        ce, kl, tokens, samples, seconds, places, skipped = self.sums()
+        ce, kl, tokens, samples, seconds, places, skipped, left_out = self.sums()
+        self.rows, self.skipped = self.rows + int(samples + skipped), self.skipped + int(skipped)
         took = time.perf_counter() - self._since
         ce, kl = ce / max(tokens, 1), kl / max(tokens, 1)
         values = {
@@ -67,6 +75,7 @@ class Meter:
             "train/audio_hours_per_hour": seconds / took,
             "train/padding": 1 - tokens / max(places, 1),
             "train/skipped": skipped,
+            "train/prompts_left_out": left_out,
         }
         values["train/peak_memory_gb"] = peak_memory() / 1e9
         self._start()

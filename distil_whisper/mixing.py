@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distil_whisper.errors import UserError
 from distil_whisper.examples import Example, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import RowFilter
 from distil_whisper.reading import Source
@@ -97,7 +98,10 @@ class LabelLengths:
         index = int(training_set.kept[position])
         row = training_set.row_filter.trimmed(self.tables[dataset][index])
         row_id = training_set.row_id(row, *training_set.source.locate(index))
-        sequence = self.labeller.sequence(row, training_set.columns, row_id, epoch)
+        try:
+            sequence = self.labeller.sequence(row, training_set.columns, row_id, epoch)
+        except UserError:  # of a label that cannot be read
+            return 0
         return len(sequence.labels) if sequence else 0
 
 

@@ -9,7 +9,7 @@ import re
 import zlib
 from dataclasses import dataclass
 
-from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS, TO_LANGUAGE_CODE
 
 from distil_whisper.errors import UserError, nearest
 
@@ -23,10 +23,14 @@ _SPECIAL = re.compile(r"<\|[^|<>]*\|>")
 
 @dataclass(frozen=True)
 class Sequence:
-    """What the decoders are given and what the loss compares: equal lengths, one is the other shifted by one."""
+    """What the decoders are given and what the loss compares: equal lengths, one is the other shifted by one.
+
+    prompt_left_out: it was to have a prompt, which could not be used.
+    """
 
     decoder_input_ids: list[int]
     labels: list[int]
+    prompt_left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,7 @@ class Grammar:
                 ids = ids[1:]
         if self.end in ids:
             ids = ids[: ids.index(self.end)]
-        unknown = self._first_unknown(ids)
-        if unknown:
-            raise UserError(f"whisper_token_ids hold {unknown}: they were written with another tokenizer")
+        self._require_known(ids, "whisper_token_ids hold {}: they were written with another tokenizer")
         return Target(ids, any(self.is_timestamp(token) for token in ids))
 
     def spoken(self, ids: list[int]) -> list[int]:
@@ -159,22 +161,23 @@ class Grammar:
         return Target([token for token in target.ids if not self.is_timestamp(token)], False)
 
     def prompt_of_ids(self, ids: list[int] | None, timestamps: bool) -> list[int]:
-        """The previous window's tokens for a prompt: one leading <|startofprev|> is dropped, no other is allowed.
+        """The previous window's tokens for a prompt.
 
-        Raises UserError for special tokens, which a prompt of another tokenizer shows.
+        Of datasets labelled elsewhere its frame may have come along: <|startofprev|>, the window's own prompt and
+        prefix, end tokens. Raises UserError where other special tokens are left, which leave its meaning uncertain.
         """
         ids = list(ids or [])
-        if ids and ids[0] == self.previous:
-            ids = ids[1:]
-        if self.end in ids:  # labelled elsewhere: the frame of the window before came along
-            ids = self.target_of_ids(ids).ids
-        unknown = self._first_unknown(ids)
-        if unknown:
-            raise UserError(
-                f"condition_on_prev holds {unknown}: the prompts were written with another tokenizer; label with this "
-                "teacher, or set --condition_on_prev_probability 0"
-            )
-        return ids if timestamps else [token for token in ids if not self.is_timestamp(token)]
+        while ids and ids[-1] == self.end:
+            ids.pop()
+        if ids.count(self.start) == 1:
+            ids = ids[ids.index(self.start) + 1 :]
+        body = next((place for place, token in enumerate(ids) if token not in self._frame), len(ids))
+        frame, ids = ids[:body], ids[body:]
+        self._require_known(ids, "condition_on_prev holds {}: it was written with another tokenizer")
+        plain = [token for token in ids if not self.is_timestamp(token)]
+        if self.no_timestamps in frame and len(plain) < len(ids):  # by a tokenizer of fewer languages it is <|0.00|>
+            raise UserError("condition_on_prev holds <|notimestamps|> and timestamps: one of them is wrong")
+        return ids if timestamps else plain
 
     def sequence(
         self, target: Target, language: str | None, task: str | None, prompt: list[int] = (), truncated: bool = False
@@ -210,14 +213,20 @@ class Grammar:
                 text += f"<|{(token - self.timestamp_begin) * TIME_PRECISION:.2f}|>"
         return text
 
-    def _first_unknown(self, ids: list[int]) -> str | None:
-        """The first token that is neither text nor a timestamp, in words; None without one."""
+    def _require_known(self, ids: list[int], sentence: str) -> None:
+        """Raise UserError for the first token that is neither text nor a timestamp; {} in the sentence names it."""
         for token in ids:
-            if token > self.timestamp_end:
-                return f"the id {token}, which is not in the vocabulary"
+            if not 0 <= token <= self.timestamp_end:
+                raise UserError(sentence.format(f"the id {token}, which is not in the vocabulary"))
             if self.end <= token < self.timestamp_begin:
-                return f"the special token {self.tokenizer.convert_ids_to_tokens(token)} ({token})"
-        return None
+                name = self.tokenizer.convert_ids_to_tokens(token)
+                raise UserError(sentence.format(f"the special token {name} ({token})"))
+
+    @functools.cached_property
+    def _frame(self) -> frozenset[int]:
+        """What may stand before the text of a window."""
+        tasks = {self._vocabulary[f"<|{task}|>"] for task in TASK_IDS if f"<|{task}|>" in self._vocabulary}
+        return frozenset({self.previous, self.start, self.no_timestamps, *tasks, *self.languages.values()})
 
     def _without_frame(self, text: str) -> str:
         """Text without the prefix and the end token that datasets labelled elsewhere carry."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, islice
 
 from accelerate.utils import gather_object
 
@@ -37,6 +38,7 @@ from distil_whisper.tokens import language_and_task
 from distil_whisper.validation import ValidationSet
 
 PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
+FIRST_ROWS = 200  # that show whether labels are of the student's tokenizer
 
 
 def language_columns(args, student: LoadedWhisper, source: Source) -> LabelColumns:
@@ -132,6 +134,7 @@ def open_training_sets(
     say_what_changes_nothing(args, sources, labels_of, say)
     sets, counts = [], []
     for source, columns in zip(sources, labels_of, strict=True):
+        require_same_tokenizer(source, columns, labeller)
         labels = "pseudo-labels" if columns.pseudo else f"transcripts in {columns.text}"
         say(f"{source.label}: training on the {labels}")
         row_filter = RowFilter(labeller, columns, normalisers, settings)
@@ -147,6 +150,35 @@ def open_training_sets(
     if counts:
         say(table(counts))
     return sets
+
+
+def require_same_tokenizer(source: Source, columns: LabelColumns, labeller: Labeller) -> None:
+    """Raise UserError where most labels or prompts of the first rows cannot be read: another tokenizer wrote them.
+
+    Later on, single ones are skipped or left out.
+    """
+    if not columns.pseudo:
+        return
+    names = [name for name in source.column_names if name != source.audio_column]
+    rows = list(islice(chain.from_iterable(source.rows(unit.index, names) for unit in source.units), FIRST_ROWS))
+    mend = "label it with this teacher"
+    require_readable(source, rows, lambda row: labeller.target(row, columns), mend)
+    if labeller.settings.condition_on_prev_probability:
+        prompted = [row for row in rows if row.get("condition_on_prev")]
+        mend += ", or set --condition_on_prev_probability 0"
+        require_readable(source, prompted, lambda row: labeller.prompt(row, True), mend)
+
+
+def require_readable(source: Source, rows: list[dict], read: Callable[[dict], object], mend: str) -> None:
+    """Raise UserError if most of some rows cannot be read."""
+    problems = []
+    for row in rows:
+        try:
+            read(row)
+        except UserError as error:
+            problems.append(error)
+    if 2 * len(problems) > len(rows):
+        raise UserError(f"{source.label}: {problems[0]}; {mend}")
 
 
 def say_what_changes_nothing(args, sources: list[Source], columns: list[LabelColumns], say) -> None:

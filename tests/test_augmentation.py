@@ -76,8 +76,17 @@ def test_nothing_is_slowed_beyond_the_window():
 def test_timestamps_follow_the_speed(toy_teacher):
     grammar = Grammar(WhisperTokenizer.from_pretrained(toy_teacher), True, 128)
     target = grammar.encode_pseudo_label("<|0.00|> one<|1.00|><|1.00|> two<|2.50|>")
-    assert grammar.decode(at_speed(target, 1.25, grammar).ids) == "<|0.00|> one<|0.80|><|0.80|> two<|2.00|>"
+    assert grammar.decode(at_speed(target, 1.25, grammar, 4.0).ids) == "<|0.00|> one<|0.80|><|0.80|> two<|2.00|>"
     labeller = Labeller(grammar, LabelSettings(1.0, 0.0, 0))
     row = {"whisper_transcript": "<|0.00|> one<|1.00|>"}
     columns = LabelColumns(None, True, "en", "transcribe")
     assert grammar.timestamp(2.0) in labeller.sequence(row, columns, "row", 0, speed=0.5).labels
+
+
+@pytest.mark.parametrize(("window", "last"), [(30.0, "30.00"), (4.0, "4.00")])
+def test_no_mark_leaves_the_window(toy_teacher, window, last):
+    """Whisper's marks may lie after the audio's end: slower audio would take them beyond the last timestamp."""
+    grammar = Grammar(WhisperTokenizer.from_pretrained(toy_teacher), True, 128)
+    target = grammar.encode_pseudo_label("<|0.00|> one<|1.00|><|1.00|> two<|29.00|>")
+    slow = at_speed(target, 0.9, grammar, window)
+    assert grammar.decode(slow.ids) == f"<|0.00|> one<|1.12|><|1.12|> two<|{last}|>"

@@ -140,7 +140,8 @@ def test_too_many_bad_rows_end_the_run_and_the_others_are_kept(launched):
 
 def test_training_and_validation_pass_over_bad_rows_and_say_so(student, bad_rows, tmp_path, capsys):
     flags = [*SFT, "--do_eval", "--eval_split_name", "train", "--predict_with_generate", "--max_steps", 2]
-    folder = train_few(student, bad_rows, tmp_path / "out", *flags, "--per_device_train_batch_size", 8)
+    flags += ["--per_device_train_batch_size", 8, "--max_skipped", 50]
+    folder = train_few(student, bad_rows, tmp_path / "out", *flags)
     said = capsys.readouterr().out
     assert "4 of 6 rows kept" in said and "2  empty transcript" in said
     assert "skipped speech/default/train/00000-00000002: " in said

@@ -8,7 +8,6 @@ import pytest
 from transformers import WhisperTokenizer
 
 from distil_whisper.audio import Window
-from distil_whisper.errors import UserError
 from distil_whisper.examples import (
     Collator,
     Example,
@@ -124,13 +123,18 @@ def test_token_ids_are_the_targets_where_they_are_of_this_tokenizer(grammar):
         assert labeller.target(row, HINDI).ids == expected
 
 
-def test_a_prompt_of_another_tokenizer_is_refused_when_it_is_needed(grammar):
-    row = row_of(grammar, tokenizer_fingerprint="another")
-    with pytest.raises(UserError, match=r"condition_on_prev was written with another tokenizer \(another\)"):
-        Labeller(grammar, ALWAYS).sequence(row, HINDI, "row", 0)
-    assert Labeller(grammar, LabelSettings(1.0, 0.0, 0)).sequence(row, HINDI, "row", 0) is not None
-    without = {**row, "condition_on_prev": None}
-    assert Labeller(grammar, ALWAYS).sequence(without, HINDI, "row", 0) is not None
+@pytest.mark.parametrize(
+    "values", [{"tokenizer_fingerprint": "another"}, {"condition_on_prev": [7, 8], "special": "<|startoftranscript|>"}]
+)
+def test_a_prompt_that_cannot_be_used_is_left_out_and_counted(grammar, values):
+    row = row_of(grammar, **values)
+    if special := row.pop("special", None):
+        row["condition_on_prev"] = [7, grammar.id_of(special), 8, grammar.id_of(special), 9]
+    sequence = Labeller(grammar, ALWAYS).sequence(row, HINDI, "row", 0)
+    assert whole(sequence) == ids(grammar, f"{PREFIX}{TIMED}{END}") and sequence.prompt_left_out
+    for settings, other in ((LabelSettings(1.0, 0.0, 0), row), (ALWAYS, {**row, "condition_on_prev": None})):
+        assert not Labeller(grammar, settings).sequence(other, HINDI, "row", 0).prompt_left_out
+    assert Collator(WINDOW, 99)([Example("row", np.zeros(9, np.float32), sequence)] * 2).prompts_left_out == 2
 
 
 def kept_in(grammar, epoch, rows=400, seed=0):
@@ -186,6 +190,7 @@ def test_an_example_is_the_decoded_audio_and_the_sequence(grammar, maker, uttera
         ({"array": np.zeros(64_001), "sampling_rate": 16_000}, TIMED, r"longer than the window: 4\.0 s of 4 s"),
         ({"array": np.full(10, np.nan), "sampling_rate": 16_000}, TIMED, "NaN or infinite samples"),
         ({"array": np.zeros(10), "sampling_rate": 16_000}, " one" * 300, "label longer than the decoder's positions"),
+        ({"array": np.zeros(10), "sampling_rate": 16_000}, "<|31.00|> one", "a transcript holds the mark .*"),
     ],
 )
 def test_what_cannot_be_used_says_why(grammar, maker, audio, transcript, problem):

@@ -83,6 +83,9 @@ CASES = {  # label, prompt, keeps timestamps, truncated -> the sequence before a
     "timestamps in label and prompt": (TIMED, BEFORE, True, False, (PREV + BEFORE, TIMED + END)),
     "timestamps dropped in both": (TIMED, BEFORE, False, False, (PREV + " four", THREE)),
     "none in the label, so none in the prompt": (" one", BEFORE, True, False, (PREV + " four", ONE)),
+    "prompt of the original scripts": (" one", f"{PREV}{PLAIN} four", True, False, (PREV + " four", ONE)),
+    "prompt that begins twice": (" one", f"{PREV}{PREV} four", True, False, (PREV + " four", ONE)),
+    "prompt with a prompt": (" one", f"{PREV} three{HINDI}{PLAIN} four{END}{END}", True, False, (PREV + " four", ONE)),
     "empty prompt": (" one", "", True, False, ("", ONE)),
     "prompt of a timestamp alone, dropped": (" one", "<|0.00|>", True, False, ("", ONE)),
     "truncated": (" one two", None, True, True, ("", PLAIN + " one two")),
@@ -186,6 +189,14 @@ def test_ids_beyond_the_vocabulary_are_refused(grammar):
     check_refused(grammar, [*ids(grammar, " one"), beyond], f"the id {beyond}, which is not in the vocabulary")
 
 
+@pytest.mark.parametrize(
+    "prompt", [f" one{END} two", f" one{SOT} two{SOT} three", "<|notimestamps|> one<|1.00|>", "<|nospeech|> one"]
+)
+def test_a_prompt_of_uncertain_meaning_is_refused(grammar, prompt):
+    with pytest.raises(UserError, match="condition_on_prev holds"):
+        grammar.prompt_of_ids(ids(grammar, prompt), True)
+
+
 def check_refused(grammar, tokens, words):
     with pytest.raises(UserError, match=f"whisper_token_ids hold .*{re.escape(words)}"):
         grammar.target_of_ids(tokens)
@@ -200,7 +211,7 @@ def test_two_tokenizers_whose_timestamps_differ_by_one(multilingual, fewer_langu
     for grammar in (multilingual, fewer_languages):
         assert grammar.encode_pseudo_label(TIMED).ids == ids(grammar, TIMED)
         assert grammar.decode(ids(grammar, TIMED)) == TIMED
-    with pytest.raises(UserError, match=r"condition_on_prev holds the special token <\|notimestamps\|>"):
+    with pytest.raises(UserError, match=r"condition_on_prev holds <\|notimestamps\|> and timestamps"):
         multilingual.prompt_of_ids(ids(fewer_languages, TIMED), True)
     with pytest.raises(UserError, match=r"notimestamps"):
         multilingual.target_of_ids(ids(fewer_languages, TIMED))
