@@ -48,7 +48,7 @@ from distil_whisper.labelling import (
 )
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
-from distil_whisper.outputs import OutputFolder, public_arguments, write_text
+from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
 from distil_whisper.plan import estimate, total
 from distil_whisper.progress import Pace, quiet_libraries, shown
@@ -198,8 +198,10 @@ def check_drafts(args: Arguments) -> None:
         raise UserError("--draft_from_text is for --task transcribe: a transcript is no draft of a translation")
 
 
-def check_names(sources: list[Source]) -> None:
-    """Raise UserError for datasets whose files would have the same names."""
+def check_names(args: Arguments, sources: list[Source]) -> None:
+    """Raise UserError for datasets whose files would have the same names, or would lie in a dataset that is read."""
+    for source in sources:
+        check_apart(args.output_dir, [other.name for other in sources], below=source.config or "default")
     names = [f"{source.config}/{source.split}" for source in sources]
     for name in names:
         if names.count(name) > 1:
@@ -560,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args)
     sources = open_sources(args)
     columns = columns_for(args, sources)
-    check_names(sources)
+    check_names(args, sources)
     if args.dry_run:
         print_plan(args, accelerator, sources, columns)
         return

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -164,6 +164,22 @@ class OutputFolder:
             remove(self.path / name)
         self.record = {**_new_record(), "shared": self.record["shared"]}
         self._save_record()
+
+
+def check_apart(output: str | Path, inputs: Iterable[str], below: str = "") -> None:
+    """Raise UserError if an output folder, or one below it, is a dataset folder that is read or lies inside one.
+
+    What is written there would be taken for data, and a README.md or Parquet files hide data of other kinds. Links are
+    resolved. Files that are read, such as manifests, may lie anywhere, and so may dataset folders below the output.
+    """
+    written = (Path(output) / below).resolve()
+    for name in inputs:
+        read = Path(re.sub("^(file|local)://", "", name)).resolve()
+        if read.is_dir() and any(folder.exists() and folder.samefile(read) for folder in (written, *written.parents)):
+            raise UserError(
+                f"--output_dir {output} would put files into the dataset folder {name} that is read, where they hide "
+                f"its data or are taken for it; give a folder outside of it, such as {read}_output"
+            )
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from distil_whisper.errors import UserError
-from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, public_arguments, write_text
+from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, check_apart, public_arguments, write_text
 
 STAGE = "run_distillation"
 
@@ -251,6 +252,57 @@ def test_json_is_readable_text(tmp_path):
         path = folder.write_json("results.json", {"text": "हिन्दी", "wer": 1.5})
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "हिन्दी", "wer": 1.5}
     assert "हिन्दी" in path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A dataset folder in the folder where one works, and a link to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work/data/clips").mkdir(parents=True)
+    (tmp_path / "work/data/train.json").write_text("[]")
+    (tmp_path / "link").symlink_to(tmp_path / "work/data")
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("work/data", "work/data"),
+        ("work/data/", "work/../work/data"),
+        ("work/data/clips/labelled", "work/data"),
+        ("link", "work/data"),
+        ("work/data", "link"),
+        ("link/clips/a/b", "./work/data"),
+        ("work", "./"),
+        ("./", "."),
+    ],
+)
+def test_an_output_folder_in_a_dataset_that_is_read_is_refused(data, output, name):
+    said = rf"--output_dir {output} would put files into the dataset folder {name} .*, such as /.*_output"
+    with pytest.raises(UserError, match=said):
+        check_apart(output, ["google/fleurs", name])
+    with pytest.raises(UserError, match="the dataset folder file:///"):
+        check_apart(output, [f"file://{Path(name).absolute()}"])
+
+
+@pytest.mark.parametrize(
+    ("output", "name"),
+    [
+        ("./", "work/data"),  # the dataset is below
+        ("./", "work/data/train.json"),
+        ("work/data", "work/data/train.json"),  # a manifest is read by its name
+        ("work/data_labelled", "work/data"),
+        ("work/data", "google/fleurs"),
+        ("work/data", "s3://bucket/work/data"),
+    ],
+)
+def test_an_output_folder_around_or_beside_its_data_is_fine(data, output, name):
+    check_apart(output, [name])
+
+
+def test_a_folder_of_the_output_that_is_read_is_refused(data):
+    check_apart("work", ["work/data"], below="default")
+    with pytest.raises(UserError, match="--output_dir work would put files into the dataset folder work/data "):
+        check_apart("work", ["work/data"], below="data")
 
 
 @dataclass

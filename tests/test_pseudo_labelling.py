@@ -13,7 +13,7 @@ import pytest
 from conftest import write_audio_dataset
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
-from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, write_manifest
+from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, run, write_manifest
 
 import run_pseudo_labelling
 from distil_whisper import plan
@@ -323,3 +323,31 @@ def test_columns_named_language_and_task_are_used(taught, utterances, tmp_path):
 
 def manifest_of(utterances, folder):
     return write_manifest(folder / "data.json", utterances[:3])
+
+
+def test_labels_never_lie_in_the_folder_that_is_read(taught, utterances, tmp_path):
+    """Their README.md would hide the data, and their Parquet files would be taken for it."""
+    data = write_audio_dataset(tmp_path / "default", utterances[:3], files=1)
+    (tmp_path / "link").symlink_to(data)
+    before = sorted(data.rglob("*"))
+    for output in (data, data / "labelled", tmp_path / "link", tmp_path):  # the last has a folder default, too
+        for dry_run in (False, True):
+            with pytest.raises(UserError, match=rf"--output_dir {output} would put files into .* {data} "):
+                label(taught, data, output, *ENGLISH, "--dry_run", dry_run)
+    assert sorted(data.rglob("*")) == before
+    manifest = write_manifest(tmp_path / "work/clips/train.json", utterances[:3])
+    for _ in range(2):
+        assert len(rows_of(label(taught, manifest, manifest.parent.parent, *ENGLISH))) == 3
+
+
+def test_no_stage_writes_into_a_dataset_that_it_reads(student, utterances, tmp_path):
+    data = write_audio_dataset(tmp_path / "data", utterances[:3], files=1)
+    for script, *flags in (
+        ("run_distillation", "--train_dataset_name", data, "--do_train", "--max_steps", 1, "--kl_weight", 0),
+        ("run_distillation", "--eval_dataset_name", data, "--eval_split_name", "train", "--do_eval"),
+        ("run_short_form_eval", "--dataset_name", data),
+        ("run_long_form_eval", "--dataset_name", data),
+    ):
+        names = ["--model_name_or_path", student, "--output_dir", data, "--report_to", "none"]
+        with pytest.raises(UserError, match=rf"--output_dir {data} would put files into the dataset folder "):
+            run(script, *names, *flags, *ENGLISH)
