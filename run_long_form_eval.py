@@ -7,7 +7,8 @@ accelerate launch run_long_form_eval.py --model_name_or_path openai/whisper-larg
 
 With --chunk_length_s the recordings are cut into overlapping chunks, which are transcribed side by side and joined.
 Without it they are transcribed sequentially, each window from the last timestamp of the one before.
-Writes long_form_results.json and long_form_predictions.jsonl into the output folder, and prints a table.
+Writes long_form_results.json and long_form_predictions.jsonl into the output folder, beside those of other models,
+and prints a table. Killed and started again, it goes on after its last batch.
 """
 
 from dataclasses import dataclass
@@ -20,12 +21,13 @@ from distil_whisper.evaluation import (
     Evaluator,
     check_arguments,
     load_model,
+    open_logs,
     open_sets,
 )
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.outputs import OutputFolder
 from distil_whisper.progress import quiet_libraries
-from distil_whisper.report import Report
+from distil_whisper.report import Report, evaluate
 from distil_whisper.transcribers import Chunked, Fallback, Sequential
 
 STAGE = "run_long_form_eval"
@@ -109,9 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         transcriber = make_transcriber(args, whisper)
         splits = open_sets(args, whisper)
         evaluator = Evaluator(accelerator, whisper, transcriber, args.dataloader_num_workers, limit=args.max_samples)
-        for split in splits:
-            report.add(*evaluator(split))
-        report.finish()
+        evaluate(evaluator, splits, open_logs(args, folder, accelerator, whisper, splits), report)
 
 
 if __name__ == "__main__":

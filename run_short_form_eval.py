@@ -5,7 +5,8 @@ accelerate launch run_short_form_eval.py --model_name_or_path ./distil-large-v2-
     --dataset_split_name "test+test" --text_column_name "sentence+transcription" --language hi \
     --per_device_eval_batch_size 64 --dtype bfloat16 --streaming --output_dir ./distil-large-v2-hi
 
-Writes short_form_results.json and short_form_predictions.jsonl into the output folder, and prints a table.
+Writes short_form_results.json and short_form_predictions.jsonl into the output folder, beside those of other models,
+and prints a table. Killed and started again, it goes on after its last batch.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from distil_whisper.evaluation import (
     Evaluator,
     check_arguments,
     load_model,
+    open_logs,
     open_sets,
 )
 from distil_whisper.outputs import OutputFolder
 from distil_whisper.progress import quiet_libraries
-from distil_whisper.report import Report
+from distil_whisper.report import Report, evaluate
 from distil_whisper.transcribers import ShortForm
 
 STAGE = "run_short_form_eval"
@@ -63,9 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             longest=whisper.window.samples,
             limit=args.max_samples,
         )
-        for split in splits:
-            report.add(*evaluator(split))
-        report.finish()
+        evaluate(evaluator, splits, open_logs(args, folder, accelerator, whisper, splits), report)
 
 
 if __name__ == "__main__":

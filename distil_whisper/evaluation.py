@@ -1,26 +1,28 @@
-"""Evaluation on transcribed speech: recordings are transcribed, scored and timed, split by split."""
+"""Evaluation on transcribed speech: recordings are transcribed and timed, split by split, and kept batch by batch."""
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from distil_whisper import progress
-from distil_whisper.alignment import word_errors
-from distil_whisper.arguments import MOST_BEAMS, option
+from distil_whisper.arguments import MOST_BEAMS, DataFields, RunFields, option
+from distil_whisper.batch_log import BatchLog, Timing
 from distil_whisper.errors import UserError
-from distil_whisper.metrics import RATES, score
 from distil_whisper.mixing import workers
-from distil_whisper.models import LoadedWhisper, load_whisper
+from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normaliser, normaliser
+from distil_whisper.outputs import RECORDS, OutputFolder
 from distil_whisper.reading import Source
-from distil_whisper.recordings import LANGUAGE_COLUMN, TOO_LONG, Place, Recording, Recordings, RowShare, TextColumns
+from distil_whisper.recordings import LANGUAGE_COLUMN, Place, Recording, Recordings, RowShare, TextColumns
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.tokens import language_and_task
 from distil_whisper.transcribers import Transcript
@@ -48,6 +50,13 @@ class EvaluationFields:
     hub_model_id: str | None = option(None, "The model's repository on the Hub. Default: the name of the model.")
 
 
+NO_FIGURE = {  # arguments that decide no transcript and no timing, or that a split knows better
+    *(argument.name for argument in (*fields(RunFields), *fields(DataFields)) if argument.name != "seed"),
+    *("push_to_hub", "hub_model_id", "cache_dir", "normalizer", "model_name_or_path", "language", "task"),
+    *("dataset_name", "dataset_config_name", "dataset_split_name", "text_column_name"),
+}
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """One split to evaluate on, and what the model is told of its language.
@@ -71,15 +80,6 @@ class Transcriber(Protocol):
 
     def __call__(self, waveforms: list[np.ndarray], language: str | None, task: str | None) -> list[Transcript]:
         """One transcript for each recording."""
-
-
-@dataclass
-class Tally:
-    """What was found in a split. calls: seconds of audio and of compute of each batch."""
-
-    predictions: list[tuple[Place, dict]] = field(default_factory=list)
-    problems: list[tuple[Place, str, str]] = field(default_factory=list)
-    calls: list[tuple[float, float]] = field(default_factory=list)
 
 
 def check_arguments(args) -> None:
@@ -133,8 +133,50 @@ def _language_of_rows(source: Source) -> str | None:
     return next((row[LANGUAGE_COLUMN] for row in source.rows(0, [LANGUAGE_COLUMN])), None)
 
 
+def model_digest(whisper: LoadedWhisper) -> str:
+    """A digest of all of a checkpoint that decides what it writes."""
+    settings = whisper.model.generation_config.to_json_string() + whisper.feature_extractor.to_json_string()
+    parts = (weights_digest(whisper.model), whisper.grammar.fingerprint, settings)
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def evaluation_key(args, model: str, split: EvaluationSet, device: str) -> str:
+    """What tells apart evaluations of which the transcripts or the speed may differ; model is its digest."""
+    source = split.source
+    known = {
+        "arguments": {name: value for name, value in asdict(args).items() if name not in NO_FIGURE},
+        "model": model,
+        "device": device,
+        "data": [source.label, *(source.contents(unit.index) for unit in source.units)],
+        "columns": asdict(split.columns),
+        "told": [split.language, split.task],
+    }
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """What the figures of speed hold for."""
+    return torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "cpu"
+
+
+def open_logs(
+    args, folder: OutputFolder, accelerator: Accelerator, whisper: LoadedWhisper, splits: list[EvaluationSet]
+) -> list[BatchLog]:
+    """What was transcribed of each split before, by the same model in the same way. Every process calls it."""
+    keys: list = [None] * len(splits)
+    if accelerator.is_main_process:
+        model, device = model_digest(whisper), device_name(accelerator)
+        keys = [evaluation_key(args, model, split, device) for split in splits]
+    batches = folder / f"{RECORDS}/{folder.stage}.batches"
+    folder.claim(str(batches.relative_to(folder.path)))
+    logs = [BatchLog(batches / key, accelerator.process_index) for key in broadcast_object_list(keys)]
+    accelerator.wait_for_everyone()  # all have read what there is before one writes
+    folder.share()
+    return logs
+
+
 class Evaluator:
-    """Evaluates a model on one split after another. Every process calls it, the main one gets the figures.
+    """Transcribes one split after another, the share of this process of what is left of each.
 
     longest: samples that a recording may have, None for any length; limit: rows of a split, None for all.
     """
@@ -156,29 +198,28 @@ class Evaluator:
         self.share = RowShare(accelerator.process_index, accelerator.num_processes, limit)
         self.is_warm = False
 
-    def __call__(self, split: EvaluationSet) -> tuple[dict, list[dict]]:
-        """Figures of a split, and its predictions in the order of the rows; both are empty but on the main process.
+    def __call__(self, split: EvaluationSet, log: BatchLog) -> None:
+        """Transcribe what the log has not of a split, and add it.
 
         Raises UserError if the split cannot be read, or holds several languages where only its rows name one.
         """
-        tally = Tally()
-        with progress.bar(total=split.source.num_rows, desc=split.source.label, unit="row", leave=False) as shown:
-            for batch in self._batches(split, tally.problems):
-                self._transcribe(batch, split, tally)
-                shown.update(len(batch) * self.share.processes)
-        cold = not self.is_warm and len(tally.calls) > 0
-        self.is_warm = self.is_warm or cold
-        timed = tally.calls[1:] if cold and len(tally.calls) > 1 else tally.calls
-        found = Tally(gather_object(tally.predictions), gather_object(tally.problems), gather_object(timed))
-        if not self.accelerator.is_main_process:
-            return {}, []
-        rows = [row for _, row in sorted(found.predictions, key=lambda entry: entry[0])]
-        return figures(split, rows, found), rows
+        if log.is_finished:
+            return
+        done, problems = log.before.done, []
+        shown = {"total": split.source.num_rows, "initial": len(done), "desc": split.source.label}
+        with progress.bar(**shown, unit="row", leave=False) as bar:
+            for batch in self._batches(split, done, problems):
+                rows, timing = self._transcribe(batch, split)
+                log.append(rows, problems, timing)
+                problems.clear()
+                bar.update(len(batch) * self.share.processes)
+        if problems:
+            log.append([], problems)
 
-    def _batches(self, split: EvaluationSet, problems: list) -> Iterator[list[Recording]]:
+    def _batches(self, split: EvaluationSet, done: frozenset[Place], problems: list) -> Iterator[list[Recording]]:
         """Recordings that can be transcribed, as many as are worth a call; the others go to the problems."""
         rate = self.whisper.window.sampling_rate
-        recordings = Recordings(split.source, split.columns, rate, self.longest, self.share)
+        recordings = Recordings(split.source, split.columns, rate, self.longest, replace(self.share, done=done))
         batch: list[Recording] = []
         for recording in DataLoader(recordings, batch_size=None, **workers(self.num_workers)):
             if isinstance(recording, UserError):
@@ -203,16 +244,19 @@ class Evaluator:
                 "give --language to take them all as one, or evaluate them apart"
             )
 
-    def _transcribe(self, batch: list[Recording], split: EvaluationSet, tally: Tally) -> None:
+    def _transcribe(self, batch: list[Recording], split: EvaluationSet) -> tuple[list[tuple[Place, dict]], Timing]:
+        """The rows of a batch with what was heard, and what that took."""
         waveforms = [recording.samples for recording in batch]
         began = self._now()
         transcripts = self.transcriber(waveforms, split.language, split.task)
         took = self._now() - began
         seconds = [len(waveform) / self.whisper.window.sampling_rate for waveform in waveforms]
-        tally.calls.append((sum(seconds), took))
-        for recording, transcript, duration in zip(batch, transcripts, seconds, strict=True):
-            row = prediction(recording, transcript, split.normaliser)
-            tally.predictions.append((recording.place, {**row, "seconds": round(duration, 3)}))
+        timing = Timing(sum(seconds), took, warm_up=not self.is_warm)
+        self.is_warm = True
+        return [
+            (recording.place, transcribed(recording, transcript, duration))
+            for recording, transcript, duration in zip(batch, transcripts, seconds, strict=True)
+        ], timing
 
     def _now(self) -> float:
         if self.accelerator.device.type == "cuda":
@@ -220,39 +264,7 @@ class Evaluator:
         return time.perf_counter()
 
 
-def prediction(recording: Recording, transcript: Transcript, normalise: Normaliser) -> dict:
-    """One line of the predictions: what was said, what was heard, and the normalised word errors."""
-    errors = word_errors(normalise(recording.reference), normalise(transcript.text))
-    return {
-        "row_id": recording.row_id,
-        "reference": recording.reference,
-        "prediction": transcript.text,
-        "errors": errors.errors,
-        "reference_words": errors.reference_words,
-        "wer": round(errors.rate, 4),
-        **transcript.details,
-    }
-
-
-def figures(split: EvaluationSet, rows: list[dict], found: Tally) -> dict:
-    """What is reported of a split: rates in percent, counts, what was skipped and why, seconds and RTFx."""
-    rates = score([row["prediction"] for row in rows], [row["reference"] for row in rows], split.normaliser)
-    audio, compute = (sum(column) for column in zip(*found.calls, strict=True)) if found.calls else (0.0, 0.0)
-    skipped = [entry for entry in sorted(found.problems) if entry[2] != TOO_LONG]
-    return {
-        "dataset": split.source.name,
-        "config": split.source.config,
-        "split": split.source.split,
-        "label": split.source.label,
-        "language": split.language,
-        "task": split.task,
-        **{name: round(value, 4) if name in RATES and value is not None else value for name, value in rates.items()},
-        "truncated": sum(row.get("truncated", False) for row in rows),
-        "too_long": len(found.problems) - len(skipped),
-        "skipped": len(skipped),
-        "skipped_rows": [{"row_id": row_id, "reason": reason} for _, row_id, reason in skipped],
-        "audio_seconds": round(sum(row["seconds"] for row in rows), 2),
-        "timed_audio_seconds": round(audio, 2),
-        "timed_compute_seconds": round(compute, 3),
-        "rtfx": round(audio / compute, 2) if compute else None,
-    }
+def transcribed(recording: Recording, transcript: Transcript, seconds: float) -> dict:
+    """A row as the log keeps it: what was said, what was heard and what else is known of it."""
+    heard = {"row_id": recording.row_id, "reference": recording.reference, "prediction": transcript.text}
+    return {**heard, **transcript.details, "seconds": round(seconds, 3)}

@@ -1,8 +1,8 @@
 """The recordings of an evaluation: rows with transcripts, shared among processes, decoded by workers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, groupby, islice
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -43,11 +43,13 @@ class Recording:
 
 @dataclass(frozen=True)
 class RowShare:
-    """Which part of the rows a process takes, and the most rows of a split (None: all)."""
+    """Which part of the rows a process takes, the most rows of a split (None: all), and those that need not be read
+    again, in this share or in another."""
 
     rank: int
     processes: int
     limit: int | None = None
+    done: frozenset[Place] = frozenset()
 
 
 class Recordings(IterableDataset):
@@ -75,32 +77,35 @@ class Recordings(IterableDataset):
             yield error
 
     def _known_rows(self, worker: int, workers: int) -> Iterator[tuple[Place, dict]]:
-        """A run of rows, where it is known how many there are."""
-        share, columns = self.share, self.columns.in_source(self.source)
+        """A run of the rows that are left, where it is known how many there are."""
+        share = self.share
         part, parts = share.rank * workers + worker, share.processes * workers
-        total = self.source.num_rows if share.limit is None else min(self.source.num_rows, share.limit)
-        first, last = total * part // parts, total * (part + 1) // parts
-        while first < last:
-            unit, start = self.source.locate(first)
-            count = min(self.source.units[unit].rows - start, last - first)
-            for row, values in enumerate(islice(self.source.rows(unit, columns, start), count), start):
-                yield (unit, row), values
-            first += count
+        places = chain.from_iterable(((unit.index, row) for row in range(unit.rows)) for unit in self.source.units)
+        left = [place for place in islice(places, share.limit) if place not in share.done]
+        mine = left[len(left) * part // parts : len(left) * (part + 1) // parts]
+        for unit, of_unit in groupby(mine, key=lambda place: place[0]):
+            wanted = [row for _, row in of_unit]
+            yield from self._left(self._rows_of(unit, wanted[0], wanted[-1] + 1))
 
     def _streamed_rows(self, worker: int, workers: int) -> Iterator[tuple[Place, dict]]:
         """Units of its own for every worker; where there are fewer units than processes (or a limit, which counts
         rows of all units), every process reads all rows with one worker and takes those of its turn."""
         share, units = self.share, range(len(self.source.units))
         if share.limit is None and len(units) >= share.processes:
-            yield from self._rows_of(units[share.rank :: share.processes][worker::workers])
+            mine = units[share.rank :: share.processes][worker::workers]
+            yield from self._left(chain.from_iterable(map(self._rows_of, mine)))
         elif worker == 0:
-            yield from islice(self._rows_of(units), share.rank, share.limit, share.processes)
+            rows = islice(chain.from_iterable(map(self._rows_of, units)), share.limit)
+            yield from islice(self._left(rows), share.rank, None, share.processes)
 
-    def _rows_of(self, units: range) -> Iterator[tuple[Place, dict]]:
+    def _rows_of(self, unit: int, first: int = 0, end: int | None = None) -> Iterator[tuple[Place, dict]]:
         columns = self.columns.in_source(self.source)
-        for unit in units:
-            for row, values in enumerate(self.source.rows(unit, columns)):
-                yield (unit, row), values
+        rows = islice(self.source.rows(unit, columns, first), None if end is None else end - first)
+        for row, values in enumerate(rows, first):
+            yield (unit, row), values
+
+    def _left(self, rows: Iterable[tuple[Place, dict]]) -> Iterator[tuple[Place, dict]]:
+        return (row for row in rows if row[0] not in self.share.done)
 
     def _recording(self, place: Place, row: dict) -> Recording:
         row_id = self.source.row_id(*place)

@@ -5,24 +5,29 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from distil_whisper import hub
+from distil_whisper.batch_log import BatchLog
+from distil_whisper.engine import Turns
+from distil_whisper.errors import UserError
+from distil_whisper.evaluation import EvaluationSet, Evaluator, device_name
 from distil_whisper.metrics import RATES
-from distil_whisper.outputs import OutputFolder, public_arguments
+from distil_whisper.outputs import OutputFolder, atomic_path, public_arguments
+from distil_whisper.scoring import figures, predictions
 from distil_whisper.trackers import TABLE_ROWS, Trackers
 
 RTFX_MEANS = (
     "seconds of audio per second that a process spends on log-mel, encoder and decoding; reading and decoding audio "
-    "files is left out, and so is the first batch of the run, unless it is the only one"
+    "files is left out, and so is the first batch of each process, unless there are no others"
 )
 
 
 class Report:
     """The results of one evaluation: files in the output folder, trackers, a table. The main process writes.
 
-    form: short_form or long_form, with which the files' names begin. With --push_to_hub the figures are put into the
+    form: short_form or long_form, with which the files' names begin. Those of earlier evaluations in the same folder
+    are kept beside, but for one of the same model in the same way. With --push_to_hub the figures are put into the
     model's card. Raises UserError for what would refuse that, before any work, and for files of others in the folder.
     """
 
@@ -35,6 +40,7 @@ class Report:
         self.predictions: list[dict] = []
         self.repo = _repository(args) if args.push_to_hub and accelerator.is_main_process else None
         folder.claim(self.results_file, self.predictions_file)
+        self.earlier = _earlier(folder / self.results_file) if accelerator.is_main_process else []
         # earlier evaluations in the same folder stay in its metrics
         self.trackers = Trackers(
             accelerator, folder, args.wandb_project, args.wandb_name, public_arguments(args), resume_step=sys.maxsize
@@ -48,28 +54,42 @@ class Report:
     def predictions_file(self) -> str:
         return f"{self.form}_predictions.jsonl"
 
-    def add(self, split_figures: dict, predictions: list[dict]) -> None:
-        """Take in a split and write all files anew, so that a later failure loses nothing."""
-        if not self.accelerator.is_main_process:
-            return
-        label = self._own_label(split_figures["label"])
-        self.splits.append({**split_figures, "label": label})
-        self.predictions += [{"dataset": label, **row} for row in predictions]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions]
-        self.folder.write_text(self.predictions_file, "".join(lines))
-        self.folder.write_json(
-            self.results_file,
-            {
-                "model": self.args.model_name_or_path,
-                "datasets": self.splits,
-                "rtfx_means": RTFX_MEANS,
-                "device": torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu",
-                "processes": self.accelerator.num_processes,
-                "arguments": public_arguments(self.args),
-            },
-        )
-        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in predictions[:TABLE_ROWS]]
+    def add(self, split: EvaluationSet, log: BatchLog) -> None:
+        """Take in a split that is transcribed, and write all files anew, so that a later failure loses nothing."""
+        found = log.read()
+        label = self._own_label(split.source.label)
+        of_split = {"evaluation": log.key, **_names(split), "label": label, **figures(found, split.normaliser)}
+        rows = predictions(found, split.normaliser)
+        if not of_split["skipped"]:  # else the same command looks at those rows again
+            log.finish()
+        self.splits.append(of_split)
+        known = {"evaluation": log.key, "model": self.args.model_name_or_path, "dataset": label}
+        self.predictions += [{**known, **row} for row in rows]
+        self._write_predictions()
+        self._write_results()
+        shown = [[row["row_id"], row["reference"], row["prediction"]] for row in rows[:TABLE_ROWS]]
         self.trackers.log_table(f"{self.form}/{label}", ["row", "reference", "prediction"], shown, step=0)
+
+    def _write_results(self) -> None:
+        ours = {
+            "model": self.args.model_name_or_path,
+            "datasets": self.splits,
+            "rtfx_means": RTFX_MEANS,
+            "device": device_name(self.accelerator),
+            "processes": self.accelerator.num_processes,
+            "arguments": public_arguments(self.args),
+        }
+        earlier = [run for run in self.earlier if not _is_part_of(run, ours)]
+        self.folder.write_json(self.results_file, {**ours, "earlier": earlier})
+
+    def _write_predictions(self) -> None:
+        """The rows of this run, then those of earlier ones."""
+        path, ours = self.folder / self.predictions_file, {split["evaluation"] for split in self.splits}
+        with atomic_path(path) as beside, beside.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.predictions)
+            if path.exists():
+                with path.open(encoding="utf-8") as lines:
+                    file.writelines(line for line in lines if json.loads(line).get("evaluation") not in ours)
 
     def _own_label(self, label: str) -> str:
         """The label of a split, with a number where folders of one name would share it."""
@@ -77,7 +97,7 @@ class Report:
         return f"{label} ({same + 1})" if same else label
 
     def finish(self) -> None:
-        """Log the figures of all splits and their mean WER, close the trackers and print the table."""
+        """Log the figures of all splits and their mean WER, and print the table."""
         values = {
             f"{self.form}/{split['label']}/{name}": split[name]
             for split in self.splits
@@ -88,14 +108,63 @@ class Report:
         if rates:
             values[f"{self.form}/wer"] = sum(rates) / len(rates)
         self.trackers.log(values, step=0)
-        self.trackers.finish()
-        if self.accelerator.is_main_process:
-            print("\n".join([*_table(self.splits), *filter(None, map(_note, self.splits))]))
-            print(
-                f"results in {self.folder / self.results_file}, predictions in {self.folder / self.predictions_file}"
-            )
+        print("\n".join([*_table(self.splits), *filter(None, map(_note, self.splits))]))
+        print(f"results in {self.folder / self.results_file}, predictions in {self.folder / self.predictions_file}")
         if self.repo is not None:
             print(f"figures in the card of {hub.push_results(self.repo, map(_result, self.splits))}")
+
+
+def evaluate(evaluator: Evaluator, splits: list[EvaluationSet], logs: list[BatchLog], report: Report) -> None:
+    """Transcribe the splits and report them. No process waits for another before all of its work is done.
+
+    Raises UserError, when all is reported, for a split of which no row could be transcribed.
+    """
+    turns = Turns(report.accelerator)
+    for number, (split, log) in enumerate(zip(splits, logs, strict=True)):
+        evaluator(split, log)
+        turns.count(f"split {number}", 1)
+        _report_transcribed(splits, logs, report, turns)
+    turns.wait_at("transcribed")
+    _report_transcribed(splits, logs, report, turns)
+    if report.accelerator.is_main_process:
+        report.finish()
+    turns.wait_at("reported")
+    report.trackers.finish()
+    for split in report.splits:
+        if not split["rows"]:
+            raise UserError(f"no row of {split['label']} could be evaluated: {_note(split) or 'it has no rows'}")
+
+
+def _report_transcribed(splits, logs, report: Report, turns: Turns) -> None:
+    """On the main process, report the next splits with which all processes are done."""
+    while report.accelerator.is_main_process and (number := len(report.splits)) < len(splits):
+        if turns.count(f"split {number}", 0) < turns.processes:
+            return
+        report.add(splits[number], logs[number])
+
+
+def _earlier(path: Path) -> list[dict]:
+    """The evaluations that a file of results holds, the latest first."""
+    if not path.exists():
+        return []
+    try:
+        latest = json.loads(path.read_text(encoding="utf-8"))
+        return [{name: value for name, value in latest.items() if name != "earlier"}, *latest.get("earlier", [])]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds no results of this script any more; move it away") from error
+
+
+def _is_part_of(run: dict, other: dict) -> bool:
+    """Whether another evaluation has all figures of this one: of the same models and data, transcribed in the same
+    way, and normalised so."""
+    known = [{(split.get("evaluation"), split.get("normalizer")) for split in of["datasets"]} for of in (run, other)]
+    return known[0] <= known[1]
+
+
+def _names(split: EvaluationSet) -> dict:
+    source = split.source
+    names = {"dataset": source.name, "config": source.config, "split": source.split}
+    return {**names, "language": split.language, "task": split.task}
 
 
 def _repository(args) -> str:

@@ -50,6 +50,17 @@ def test_every_row_is_read_once_by_someone(three_files, monkeypatch, streaming, 
             assert [recording.place for recording in worker] == sorted(recording.place for recording in worker)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("processes, workers, limit", [(1, 1, None), (2, 2, 9), (2, 2, None), (4, 1, None)])
+def test_what_is_done_is_not_read_again(three_files, monkeypatch, streaming, processes, workers, limit):
+    source = open_source(str(three_files), split="test", streaming=streaming)
+    everything = [recording.place for recording in Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))]
+    done = frozenset(everything[place] for place in (0, 1, 4, 5, 8))
+    shares = [RowShare(rank, processes, limit, done) for rank in range(processes)]
+    found = [recording.place for share in shares for w in read(source, share, workers, monkeypatch) for recording in w]
+    assert sorted(found) == [place for place in everything[:limit] if place not in done]
+
+
 def test_work_is_shared_evenly(three_files, monkeypatch):
     known = open_source(str(three_files), split="test")
     sizes = [len(worker) for rank in range(2) for worker in read(known, RowShare(rank, 2), 2, monkeypatch)]
