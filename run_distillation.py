@@ -28,7 +28,7 @@ from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
-from distil_whisper.engine import is_sharded, training_accelerator
+from distil_whisper.engine import clip_gradients, is_sharded, training_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
 from distil_whisper.losses import LossWeights
@@ -38,6 +38,7 @@ from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save
 from distil_whisper.outputs import OutputFolder, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
+from distil_whisper.step_reports import StepReports
 from distil_whisper.trackers import METRICS_FILE, Trackers
 from distil_whisper.training_sets import Mixture, open_training_sets, open_validation_sets
 from distil_whisper.validation import Validator
@@ -51,7 +52,7 @@ MAY_CHANGE |= {"dataloader_num_workers", "eval_dataset_name", "eval_dataset_conf
 MAY_CHANGE |= {"eval_text_column_name", "do_train", "do_eval", "predict_with_generate", "generation_max_length"}
 MAY_CHANGE |= {"generation_num_beams", "cache_encoder_outputs", "cache_teacher_states", "cache_size_gb", "eval_steps"}
 MAY_CHANGE |= {"per_device_eval_batch_size", "logging_steps", "save_steps", "save_total_limit"}
-MAY_CHANGE |= {"save_best_total_limit", "load_best_model_at_end", "max_skipped"}
+MAY_CHANGE |= {"save_best_total_limit", "load_best_model_at_end", "max_skipped", "max_bad_steps"}
 
 
 @dataclass
@@ -192,7 +193,12 @@ class Arguments(ModelFields, DataFields, RunFields):
     adam_beta1: float = option(0.9, "First beta of AdamW.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "Second beta of AdamW.", at_least=0, below=1)
     adam_epsilon: float = option(1e-8, "Epsilon of AdamW.", above=0)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: not.", at_least=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.", at_least=0)
+    max_bad_steps: int = option(
+        10,
+        "A step whose loss or gradients are not finite changes nothing; after so many in a row the run ends.",
+        at_least=1,
+    )
     logging_steps: int = option(25, "Steps between two lines of metrics.", at_least=1)
     eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.", at_least=1)
     save_steps: int = option(500, "Steps between two checkpoints.", at_least=1)
@@ -221,6 +227,7 @@ class Training:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     trackers: Trackers | None = None
     caches: StateCaches | None = None
+    reports: StepReports | None = None
     data: Mixture | None = None
 
     @property
@@ -349,21 +356,26 @@ def train(run: Training, max_steps: int) -> None:
     """
     args, state = run.args, run.state
     batches = run.data.batches(state.step * args.gradient_accumulation_steps, state.streams, run.accelerator.print)
+    run.reports = StepReports(run.accelerator, min(args.max_bad_steps, max_steps), state.bad_steps)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
     run.model.train()  # checkpoints are loaded in evaluation mode
     with StopRequest() as stop, progress:
         while state.step < max_steps:
             group = [next(batches) for _ in range(args.gradient_accumulation_steps)]
-            tokens, stopping = agree(run.accelerator, group, stop)
-            run.meter.add(group, *optimizer_step(run, group, tokens))
+            optimizer_step(run, group, stop.received is not None)
             state.step += 1
             progress.update()
             last = state.step == max_steps
-            if state.step % args.logging_steps == 0 or last:
+            logs, evaluates, saves = (
+                last or bool(every and state.step % every == 0)
+                for every in (args.logging_steps, args.eval_steps, args.save_steps)
+            )
+            stopping = run.reports.read(everything=logs or evaluates or saves)
+            if logs:
                 log(run)
-            if run.validator is not None and (last or (args.eval_steps and state.step % args.eval_steps == 0)):
+            if run.validator is not None and evaluates:
                 evaluate(run)
-            if last or stopping or state.step % args.save_steps == 0:
+            if saves or stopping:
                 save_checkpoint(run)
             if stopping and not last:
                 run.checkpoints.finish()
@@ -371,18 +383,10 @@ def train(run: Training, max_steps: int) -> None:
                 raise SystemExit(stop.exit_code)
 
 
-def agree(accelerator: Accelerator, group: list[Batch], stop: StopRequest) -> tuple[torch.Tensor, bool]:
-    """What all processes must know of a step: its valid tokens, and whether any of them was asked to stop."""
-    mine = torch.tensor([sum(batch.tokens for batch in group), stop.received is not None])
-    if accelerator.num_processes > 1:  # a GPU is waited for
-        mine = accelerator.reduce(mine.to(accelerator.device), "sum")
-    tokens, stopping = mine
-    return tokens.clamp(min=1), bool(stopping)
-
-
 def log(run: Training) -> None:
     """Write the metrics of the last steps to the trackers, and the first of them to the terminal."""
     values = run.meter.read()
+    values["train/bad_steps"] = run.reports.bad_steps
     values["train/learning_rate"] = run.scheduler.get_last_lr()[0]
     if run.data.batches_per_epoch:
         values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / run.data.batches_per_epoch
@@ -407,33 +411,38 @@ def say(run: Training, line: str) -> None:
         tqdm.write(line)
 
 
-def optimizer_step(run: Training, group: list[Batch], tokens: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """One update from the batches of an accumulation group: the sums of ce, kl and tokens, and the gradient norm.
+def optimizer_step(run: Training, group: list[Batch], stop: bool) -> None:
+    """One update from the batches of an accumulation group, which a GPU is not waited for.
 
     The loss is the mean over the valid tokens of all processes and batches. Dropout and the like are drawn from the
-    seed, the step and the rank, so a resumed run draws the same.
+    seed, the step and the rank, so a resumed run draws the same. stop: whether this process was asked to.
     """
-    accelerator, model = run.accelerator, run.model
-    torch.manual_seed(hash((run.args.seed, run.state.step, accelerator.process_index)) & 0x7FFFFFFF)
-    sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+    accelerator, model, args = run.accelerator, run.model, run.args
+    torch.manual_seed(hash((args.seed, run.state.step, accelerator.process_index)) & 0x7FFFFFFF)
+    tokens = torch.full((), sum(batch.tokens for batch in group), device=accelerator.device)
+    tokens = accelerator.reduce(tokens, "sum").clamp(min=1)
+    sums, blamed = torch.zeros(3, device=accelerator.device, dtype=torch.float64), []
     for position, batch in enumerate(group):
         with nullcontext() if position + 1 == len(group) else accelerator.no_sync(model):
             kept = run.caches(batch, accelerator.device) if run.caches else {}
             with accelerator.autocast():
                 losses = model(**batch.inputs(accelerator.device), **kept)
             # Wrappers average gradients over the processes; the sum over all of them is what is divided by all tokens.
-            accelerator.backward(losses["loss"] * accelerator.num_processes / tokens)
+            # A loss that is not finite makes them NaN on all processes, which leave the step out together.
+            weight = torch.where(losses["loss"].isfinite(), accelerator.num_processes / tokens, torch.nan)
+            accelerator.backward(losses["loss"] * weight)
         sums += torch.stack([losses[name].detach().double() for name in ("ce", "kl", "tokens")])
+        blamed.append(losses["blamed"])
         for row_id, reason in batch.problems:
             tqdm.write(f"skipped {row_id}: {reason}")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = accelerator.clip_grad_norm_(trained, run.args.max_grad_norm)
-    scale = accelerator.scaler.get_scale() if accelerator.scaler else 0
+    norm = clip_gradients(accelerator, [p for p in model.parameters() if p.requires_grad], args.max_grad_norm)
+    if accelerator.scaler is None:  # which gives the optimizer the same itself
+        run.raw_optimizer.found_inf = (~norm.isfinite()).float()  # 1: the update is left out, on the device
     run.optimizer.step()
-    if not accelerator.scaler or accelerator.scaler.get_scale() >= scale:  # it falls where a step was left out
-        run.scheduler.step()
+    run.scheduler.step()
     run.optimizer.zero_grad()
-    return sums, norm
+    run.meter.add(group, sums, norm)
+    run.reports.send(run.state.step + 1, group, torch.cat(blamed), norm, stop)
 
 
 def evaluate(run: Training) -> None:
@@ -458,6 +467,7 @@ def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
     run.state.metered, run.state.streams = run.meter.sums(), run.data.to_keep()
     run.state.rows, run.state.skipped = run.meter.rows, run.meter.skipped
+    run.state.bad_steps = run.reports.bad_steps
     run.state.scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
@@ -622,8 +632,10 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     go_on(run, max_steps)
     note_arguments(run, folder, max_steps)
     run.trackers = open_trackers(run, folder)
-    train(run, max_steps)
-    run.checkpoints.finish()
+    try:
+        train(run, max_steps)
+    finally:
+        run.checkpoints.finish()
     check_skipped(run, at_least=0)
     export(run, folder, repo)
 

@@ -40,7 +40,8 @@ _MOMENTS = "state."
 class TrainerState:
     """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
     validation, what the meter has summed since the last line of metrics, the rows that came until then and those of
-    them that were skipped, where the streams stand, and how float16's gradients are scaled."""
+    them that were skipped, where the streams stand, how float16's gradients are scaled, and how many steps were bad.
+    """
 
     step: int = 0
     figures: dict[int, float] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class TrainerState:
     skipped: int = 0
     streams: dict = field(default_factory=dict)
     scaler: dict = field(default_factory=dict)
+    bad_steps: int = 0
 
     def best_steps(self, count: int) -> list[int]:
         """The steps of the lowest figures, the best first."""

@@ -60,7 +60,8 @@ class Distiller(nn.Module):
         encoder_states: torch.Tensor | None = None,
         teacher_hidden: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Sums over the valid tokens of the batch: loss (with gradient), ce, kl, tokens.
+        """Sums over the valid tokens of the batch: loss (with gradient), ce, kl, tokens; and `blamed` [batch], the
+        rows that are to blame for a loss that is not finite.
 
         waveforms is [batch, samples] float32, decoder_input_ids and labels are [batch, length], valid_positions
         [tokens] of the flattened labels. Both decoders get the same decoder_input_ids. Padding stands to the right,
@@ -84,7 +85,9 @@ class Distiller(nn.Module):
             teacher_hidden,
             None if self.teacher is None else self.teacher.proj_out.weight,
         )
-        return {"loss": sums.loss, "ce": sums.ce, "kl": sums.kl, "tokens": sums.tokens}
+        hidden = [student_hidden] if teacher_hidden is None else [student_hidden, teacher_hidden]
+        blamed = blamed_rows(sums.loss, hidden)
+        return {"loss": sums.loss, "ce": sums.ce, "kl": sums.kl, "tokens": sums.tokens, "blamed": blamed}
 
     def encode(self, waveforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Encoder states for the student and for the teacher: the same ones where the encoder is shared."""
@@ -106,6 +109,13 @@ class Distiller(nn.Module):
             return self.teacher.model.decoder(
                 input_ids=decoder_input_ids, encoder_hidden_states=states, use_cache=False
             ).last_hidden_state
+
+
+def blamed_rows(loss: torch.Tensor, hidden: list[torch.Tensor]) -> torch.Tensor:
+    """The rows [batch] to blame for a loss that is not finite: those whose hidden states [batch, length, width] are
+    not, or all where all of those are."""
+    finite = torch.stack([states.isfinite().flatten(1).all(1) for states in hidden]).all(0)
+    return ~loss.isfinite() & (~finite | finite.all())
 
 
 def same_encoder(student: WhisperForConditionalGeneration, teacher: WhisperForConditionalGeneration) -> bool:

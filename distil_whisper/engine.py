@@ -1,5 +1,6 @@
 """accelerate, as the stages configure it: what they compute with, wait for and report to."""
 
+import math
 import os
 import time
 import warnings
@@ -13,6 +14,7 @@ from accelerate import (
     GradScalerKwargs,
     InitProcessGroupKwargs,
 )
+from torch.distributed.tensor import DTensor
 
 from distil_whisper.errors import UserError
 from distil_whisper.trackers import project_configuration, resolve_report_to
@@ -85,6 +87,12 @@ def training_accelerator(args) -> Accelerator:
         plugin.mixed_precision_policy = None  # it would round what goes into the model; autocast computes as for DDP
         plugin.cpu_ram_efficient_loading = False  # it would untie the output layer from the embeddings
     return accelerator
+
+
+def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], most: float) -> torch.Tensor:
+    """The norm of the gradients of all processes, which are clipped to `most` unless that is 0."""
+    norm = accelerator.clip_grad_norm_(parameters, most or math.inf)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def check_engine(accelerator: Accelerator) -> None:

@@ -1,5 +1,6 @@
 """Metrics of training, averaged over processes and over the steps since the last line."""
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -28,14 +29,15 @@ class Meter:
         self._counts = [0.0] * 5
         self._norm, self._since = 0.0, time.perf_counter()
 
-    def add(self, group: list[Batch], losses: torch.Tensor, norm: float) -> None:
-        """Take note of a step: its batches, its sums of ce, kl and tokens, and its gradient norm."""
+    def add(self, group: list[Batch], losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Take note of a step: its batches, its sums of ce, kl and tokens (left out unless they are finite), and its
+        gradient norm."""
         rows = [
             (len(batch.row_ids), batch.seconds, batch.labels.numel(), len(batch.problems), batch.prompts_left_out)
             for batch in group
         ]
         counts = [sum(counted) for counted in zip(*rows, strict=True)]
-        self._losses += losses
+        self._losses += losses.where(losses.isfinite().all(), 0)
         self._counts = [one + other for one, other in zip(self._counts, counts, strict=True)]
         self._norm = norm
 
@@ -64,7 +66,7 @@ class Meter:
         ce, kl, tokens, samples, seconds, places, skipped, left_out = self.sums()
         self.rows, self.skipped = self.rows + int(samples + skipped), self.skipped + int(skipped)
         took = time.perf_counter() - self._since
-        ce, kl = ce / max(tokens, 1), kl / max(tokens, 1)
+        ce, kl = (total / tokens if tokens else math.nan for total in (ce, kl))
         values = {
             "train/loss": self.weights.ce * ce + self.weights.kl * self.weights.temperature**2 * kl,
             "train/ce": ce,
