@@ -99,7 +99,7 @@ class ModelFields:
     )
     task: str | None = option(None, "transcribe or translate.", choices=sorted(TASK_IDS))
     normalizer: str | None = option(
-        None, "Text normaliser of the WER: english, basic or basic_keep_marks. Default: by language."
+        None, "Text normaliser of the WER: english, multilingual, basic or basic_keep_marks. Default: by language."
     )
 
 

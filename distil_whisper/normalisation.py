@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from distil_whisper.errors import UserError, nearest
+from distil_whisper.multilingual import MultilingualNormaliser
 from distil_whisper.tokens import SPACELESS_LANGUAGES
 
-NORMALISERS = ("english", "basic", "basic_keep_marks")
+# Stored error rates are trusted by these names: changed rules get another one. "basic_keep_marks" was the default
+# outside English before "multilingual".
+NORMALISERS = ("english", "multilingual", "basic", "basic_keep_marks")
+DEFAULT = "multilingual"  # outside English
 
 
 @dataclass(frozen=True)
 class Normaliser:
     """A text normaliser and its name. Words are separated by single spaces, none at the ends.
 
-    Where the language is written without spaces (`spaceless`), every character is a word of its own, as in
-    openai/whisper, so that word errors are character errors.
+    Where the language is written without spaces (`spaceless`), every character, a letter with its marks, is a word of
+    its own, as in openai/whisper, so that word errors are character errors.
     """
 
     name: str
@@ -27,19 +31,26 @@ class Normaliser:
     def __call__(self, text: str) -> str:
         return " ".join(self.function(text).split())
 
+    def characters(self, normalised: str) -> list[str]:
+        """What CER counts of a normalised text: its code points, single spaces among them, as jiwer does; where the
+        language is written without spaces, what normalisation has parted by spaces."""
+        return normalised.split() if self.spaceless else list(normalised)
+
 
 def normaliser(name: str | None, language: str | None, tokenizer) -> Normaliser:
-    """The normaliser of that name; without one, `english` for English and `basic_keep_marks` for other languages.
+    """The normaliser of that name; without one, `english` for English and DEFAULT for other languages.
 
     language is a code, None for an English-only model. tokenizer gives the English spellings (none if it has none).
     Raises UserError for an unknown name.
     """
-    name = name or ("english" if language in (None, "en") else "basic_keep_marks")
+    name = name or ("english" if language in (None, "en") else DEFAULT)
     if name not in NORMALISERS:
         raise UserError(f"there is no text normaliser {name!r} {nearest(name, NORMALISERS)}")
     spaceless = is_spaceless(language)
     if name == "english":
         return Normaliser(name, spaceless, EnglishTextNormalizer(tokenizer.english_spelling_normalizer or {}))
+    if name == "multilingual":
+        return Normaliser(name, spaceless, MultilingualNormaliser(language, split_letters=spaceless))
     basic = BasicTextNormalizer(split_letters=spaceless)
     if name == "basic_keep_marks":
         basic.clean = remove_symbols_but_marks

@@ -15,6 +15,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
 
+import hypothesis
 import numpy as np
 import pytest
 import soundfile
@@ -22,6 +23,9 @@ import soxr
 import toy_whisper
 from speech import SAMPLING_RATE, speak
 
+# The same examples in every run, and no limit of time: machines are shared.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 pytest_plugins = ["stages", "mixtures"]
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

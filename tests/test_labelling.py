@@ -98,7 +98,7 @@ def labeller_of(teacher, decoder, columns, **settings):
     settings = LabellingSettings(**{**SETTINGS, **settings})
     kept = columns.kept_in_windows() if settings.concatenate or settings.split_long else None
     features, renamed = schema(FEATURES, kept, columns.audio, columns.text)
-    rules = Normalisers("basic_keep_marks", teacher.tokenizer)
+    rules = Normalisers("multilingual", teacher.tokenizer)
     return UnitLabeller(teacher, decoder, columns, settings, rules, renamed), features
 
 
@@ -165,7 +165,7 @@ def test_one_row_in_is_one_row_out_with_its_columns_and_those_of_the_contract(wh
         "wer": 0.0,
         "errors": 0,
         "reference_words": 1,
-        "normalizer": "basic_keep_marks",
+        "normalizer": "multilingual",
         "avg_logprob": -0.1235,
         "no_speech_prob": 0.5,
         "duration": 1.5,
@@ -251,7 +251,7 @@ def test_rows_that_cannot_be_labelled_are_listed_and_the_others_are_there(label)
 def test_word_errors_are_counted_where_there_is_a_transcript(label, text, settings, expected):
     (found,), _ = label(row(3, text=text), **settings)
     assert (found["wer"], found["errors"], found["reference_words"]) == expected
-    assert found["normalizer"] == (None if expected[0] is None else "basic_keep_marks")
+    assert found["normalizer"] == (None if expected[0] is None else "multilingual")
 
 
 def test_packed_windows(whisper, label):
@@ -411,7 +411,7 @@ def test_rows_name_their_own_language_and_task(whisper, label):
         ("hi", "transcribe"),
     ]
     assert words(labelled) == ["one", "two", "three", "four"] and labelled[2]["wer"] is None
-    assert [found["normalizer"] for found in labelled[:2]] == ["basic_keep_marks"] * 2
+    assert [found["normalizer"] for found in labelled[:2]] == ["multilingual"] * 2
     assert sorted(ear.told) == [("en", "transcribe", 1), ("hi", "transcribe", 2), ("hi", "translate", 1)]
     assert [entry["reason"].split(" (")[0] for entry in tally.skipped] == [
         "the model has no language 'xx'",

@@ -21,7 +21,8 @@ HINDI = "मैं हिन्दी बोलता हूँ।"
     [
         (None, None, "english"),  # an English-only model
         (None, "en", "english"),
-        (None, "hi", "basic_keep_marks"),
+        (None, "hi", "multilingual"),
+        ("basic_keep_marks", "hi", "basic_keep_marks"),
         ("basic", "hi", "basic"),
         ("basic", "en", "basic"),
         ("english", "de", "english"),
@@ -42,8 +43,15 @@ def test_the_name_of_the_normaliser_that_is_used(name, language, expected):
         ("de", "Straße (lacht) [Musik] 5 €", "straße 5"),
     ],
 )
-def test_our_default_keeps_combining_marks(language, text, words):
-    assert normaliser(None, language, PLAIN)(text) == words
+@pytest.mark.parametrize("name", [None, "basic_keep_marks"])
+def test_our_defaults_keep_combining_marks(name, language, text, words):
+    assert normaliser(name, language, PLAIN)(text) == words
+
+
+def test_the_default_of_before_is_as_it_was():
+    """Its name stands beside stored error rates, so what it does may not change."""
+    before = normaliser("basic_keep_marks", "tr", PLAIN)
+    assert before("IŞIK \u200cel\u00adma, שָׁלוֹם") == "işik \u200cel\u00adma שָׁלוֹם"
 
 
 def test_the_basic_normaliser_destroys_hindi_and_is_whispers():
