@@ -19,20 +19,18 @@ class Errors:
         """Errors in percent of the reference words."""
         return percent(self.errors, self.reference_words)
 
+    def __add__(self, other: "Errors") -> "Errors":
+        return Errors(self.errors + other.errors, self.reference_words + other.reference_words)
+
 
 def word_errors(reference: str, hypothesis: str) -> Errors:
     """Substituted, deleted and inserted words of one pair of texts, which are compared as they are."""
-    return _distance(reference.split(), hypothesis.split())
+    return count_errors(reference.split(), hypothesis.split())
 
 
-def character_errors(reference: str, hypothesis: str) -> Errors:
-    """Substituted, deleted and inserted characters of one pair of texts, which are compared as they are."""
-    return _distance(reference.strip(), hypothesis.strip())
-
-
-def characters(text: str) -> list[str]:
-    """A text as characters without the spaces between words."""
-    return list("".join(text.split()))
+def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> Errors:
+    """Substituted, deleted and inserted words (or characters), as many as jiwer finds."""
+    return Errors(Levenshtein.distance(reference, hypothesis), len(reference))
 
 
 def utterance_errors(
@@ -44,14 +42,16 @@ def utterance_errors(
     """Errors of each utterance of a packed window, from one alignment of all their words to its transcript.
 
     units cuts a normalised text into what is counted: words, or characters. A unit that was inserted counts for the
-    utterance of the unit before it (the first one's at the start).
+    utterance of the unit before it (the first one's at the start), and so does the space that characters are counted
+    with between two utterances, which is no unit of either.
     """
     words, spoken = [units(normaliser(reference)) for reference in references], units(normaliser(hypothesis))
     if len(words) == 1:
-        return [_distance(words[0], spoken)]
+        return [count_errors(words[0], spoken)]
+    spaced = _with_spaces(words, units(" "))
     counts = [0] * len(words)
-    owner_of = _owners(words)
-    for edit in Levenshtein.editops([word for part in words for word in part], spoken):
+    owner_of = _owners(spaced)
+    for edit in Levenshtein.editops([word for part in spaced for word in part], spoken):
         counts[owner_of(edit.src_pos - (edit.tag == "insert"))] += 1
     return [Errors(count, len(part)) for count, part in zip(counts, words, strict=True)]
 
@@ -72,17 +72,17 @@ def worst(errors: list[Errors]) -> Errors:
 
 
 def percent(errors: int, total: int) -> float:
-    """Errors in percent of what they are counted against; of nothing, any error is 100."""
-    if total == 0:
-        return 100.0 if errors else 0.0
-    return 100.0 * errors / total
+    """Errors in percent of what they are counted against; each is 100 of nothing, as in jiwer."""
+    return 100.0 * errors / max(total, 1)
+
+
+def _with_spaces(parts: list[list[str]], space: list[str]) -> list[list[str]]:
+    """The units of each part, with the space after it if others come: none where words are the units."""
+    filled = [place for place, part in enumerate(parts) if part]
+    return [part + space if part and place != filled[-1] else part for place, part in enumerate(parts)]
 
 
 def _owners(parts: list[list[str]]) -> Callable[[int], int]:
     """From the place of a word among the words of all parts to its part."""
     ends = np.cumsum([len(part) for part in parts])
     return lambda place: min(int(np.searchsorted(ends, max(place, 0), side="right")), len(parts) - 1)
-
-
-def _distance(reference: Sequence, hypothesis: Sequence) -> Errors:
-    return Errors(Levenshtein.distance(reference, hypothesis), len(reference))

@@ -8,10 +8,11 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from distil_whisper.alignment import characters, utterance_errors
+from distil_whisper.alignment import utterance_errors
 from distil_whisper.cutting import cut_utterances
 from distil_whisper.errors import UserError
 from distil_whisper.examples import LabelColumns, Labeller
+from distil_whisper.multilingual import characters
 from distil_whisper.normalisation import Normaliser, is_spaceless
 from distil_whisper.progress import bar
 from distil_whisper.tokens import compression_ratio, plain_text
@@ -173,9 +174,10 @@ class RowFilter:
             return []
         if self._is_counted(row):
             return row.get("utterance_wer") or [row["wer"]]
-        units = characters if self.settings.by_characters else str.split
+        normaliser = self.normaliser(row)
+        units = normaliser.characters if self.settings.by_characters else str.split
         spoken = plain_text(row["whisper_transcript"] or "")
-        return [pair.rate for pair in utterance_errors(self._texts(row), spoken, self.normaliser(row), units)]
+        return [pair.rate for pair in utterance_errors(self._texts(row), spoken, normaliser, units)]
 
     def is_comparable(self, row: dict) -> bool:
         """Whether a row has error rates."""

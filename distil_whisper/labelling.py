@@ -307,7 +307,7 @@ class UnitLabeller:
             return dict.fromkeys(names)
         normaliser = self.normalisers(language)
         pairs = utterance_errors(texts, spoken, normaliser)
-        whole = Errors(sum(p.errors for p in pairs), sum(p.reference_words for p in pairs))
+        whole = sum(pairs, Errors(0, 0))
         rates = [round(pair.rate, 4) for pair in pairs] if self.settings.concatenate else None
         return dict(
             zip(

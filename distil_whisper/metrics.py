@@ -2,16 +2,17 @@
 
 Nothing here needs a network. Rates are in percent. A reference without words (a pause, or a text that normalisation
 empties) adds no words to divide by, but every word of its hypothesis is an insertion; such rows are counted. If no
-row has a word, the rate is 0 without errors and 100 with some.
+row has a word, every insertion is 100.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import evaluate
 import jiwer
 
 from distil_whisper.alignment import percent
+from distil_whisper.multilingual import characters
 from distil_whisper.normalisation import Normaliser
 
 RATES = ("wer", "cer", "wer_ortho", "cer_ortho")  # what `score` gives in percent
@@ -31,11 +32,10 @@ class ErrorRates(evaluate.Metric):
         if not references:
             return {"wer": None, "cer": None, "errors": 0, "reference_words": 0, "empty_references": 0}
         words = jiwer.process_words(references, predictions)
-        characters = jiwer.process_characters(references, predictions)
         errors, reference_words = _totals(words)
         return {
             "wer": percent(errors, reference_words),
-            "cer": percent(*_totals(characters)),
+            "cer": percent(*_totals(jiwer.process_characters(references, predictions))),
             "errors": errors,
             "substitutions": words.substitutions,
             "deletions": words.deletions,
@@ -48,16 +48,15 @@ class ErrorRates(evaluate.Metric):
 def score(predictions: Sequence[str], references: Sequence[str], normaliser: Normaliser) -> dict:
     """WER and CER of a corpus, normalised (`wer`, `cer`, the counts) and as written (`wer_ortho`, `cer_ortho`).
 
-    `wer_ortho` and `cer_ortho` compare the texts with white space made single. `headline` names the rate to quote:
-    `cer` for languages written without spaces. Rates are None for no rows.
+    `wer_ortho` and `cer_ortho` compare the texts with white space made single. In languages written without spaces
+    both `cer` count letters with their marks, and no spaces; elsewhere code points, and spaces. `headline` names the
+    rate to quote: `cer` for languages written without spaces. Rates are None for no rows.
     """
-    metric = ErrorRates()
-    written = metric.compute(predictions=_single_spaced(predictions), references=_single_spaced(references))
-    normalised = metric.compute(
-        predictions=[normaliser(text) for text in predictions], references=[normaliser(text) for text in references]
-    )
-    if normaliser.spaceless:
-        normalised["cer"] = normalised["wer"]  # its words are the characters, and the spaces between them are not
+    written = _rates(lambda text: " ".join(text.split()), predictions, references)
+    normalised = _rates(normaliser, predictions, references)
+    if normaliser.spaceless:  # there a normalised text has its characters for words
+        normalised["cer"] = normalised["wer"]
+        written["cer"] = _rates(lambda text: " ".join(characters(text)), predictions, references)["wer"]
     return {
         "rows": len(references),
         **normalised,
@@ -68,8 +67,9 @@ def score(predictions: Sequence[str], references: Sequence[str], normaliser: Nor
     }
 
 
-def _single_spaced(texts: Sequence[str]) -> list[str]:
-    return [" ".join(text.split()) for text in texts]
+def _rates(rewrite: Callable[[str], str], predictions: Sequence[str], references: Sequence[str]) -> dict:
+    """The error rates of rewritten texts."""
+    return ErrorRates().compute(predictions=list(map(rewrite, predictions)), references=list(map(rewrite, references)))
 
 
 def _totals(output: jiwer.WordOutput | jiwer.CharacterOutput) -> tuple[int, int]:

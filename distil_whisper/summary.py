@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pyarrow.parquet as pq
 
-from distil_whisper.alignment import Errors, character_errors, word_errors
+from distil_whisper.alignment import Errors, count_errors
 from distil_whisper.handoff import ShardFile, read_manifest
 from distil_whisper.normalisation import Normaliser
 from distil_whisper.outputs import OutputFolder
@@ -41,19 +41,20 @@ def summarise(
 
 
 def _error_rates(folder, shards, text_column, normalisers) -> dict:
-    """The teacher's WER and CER over a split, normalised; rows without words in a transcript and translations do not
-    count."""
-    totals = {"wer": [0, 0], "cer": [0, 0]}
+    """The teacher's WER and CER over a split, normalised; rows without a transcript and translations do not count."""
+    totals = {"wer": Errors(0, 0), "cer": Errors(0, 0)}
+    names = set()
     for row in _rows(folder, shards, [text_column, "whisper_transcript", "language", "task"]):
         if row[text_column] is None or row["task"] == "translate":
             continue
         normaliser = normalisers(row["language"])
-        texts = normaliser(row[text_column]), normaliser(plain_text(row["whisper_transcript"]))
-        if not texts[0]:
-            continue
-        for name, errors in (("wer", word_errors(*texts)), ("cer", character_errors(*texts))):
-            _add(totals[name], errors)
-    return {name: round(100 * wrong / total, 2) for name, (wrong, total) in totals.items() if total}
+        reference, spoken = normaliser(row[text_column]), normaliser(plain_text(row["whisper_transcript"]))
+        names.add(normaliser.name)
+        for rate, units in (("wer", str.split), ("cer", normaliser.characters)):
+            totals[rate] += count_errors(units(reference), units(spoken))
+    if not names:
+        return {}
+    return {rate: round(errors.rate, 2) for rate, errors in totals.items()} | {"normalizer": ", ".join(sorted(names))}
 
 
 def _rows(folder: OutputFolder, shards: list[ShardFile], columns: list[str]) -> Iterator[dict]:
@@ -61,8 +62,3 @@ def _rows(folder: OutputFolder, shards: list[ShardFile], columns: list[str]) -> 
         if path.exists():  # a unit of which no row was left has none
             for batch in pq.ParquetFile(path).iter_batches(columns=columns):
                 yield from batch.to_pylist()
-
-
-def _add(total: list[int], errors: Errors) -> None:
-    total[0] += errors.errors
-    total[1] += errors.reference_words

@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from transformers import WhisperTokenizer
 
 from distil_whisper import filtering
-from distil_whisper.alignment import utterance_errors, worst
+from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
 from distil_whisper.filtering import CUT, KEPT, UNREADABLE, FilterSettings, RowFilter, keep_rows, table
 from distil_whisper.normalisation import Normalisers, normaliser
@@ -32,7 +32,7 @@ def grammar(toy_teacher):
 def make_filter(grammar):
     """RowFilter of this toy, by its columns, settings and normaliser."""
 
-    def make(columns=PSEUDO, name="basic_keep_marks", **settings):
+    def make(columns=PSEUDO, name=None, **settings):
         given = {"wer_threshold": None, "max_label_length": None, "window_seconds": 4.0, **settings}
         labeller = Labeller(grammar, LabelSettings(0.2, 0.1, 0))
         return RowFilter(labeller, columns, Normalisers(name, grammar.tokenizer), FilterSettings(**given))
@@ -133,9 +133,10 @@ def test_reasons(make_filter, reason, columns, settings, row):
 @pytest.mark.parametrize(
     "stored, rate",
     [
-        ({"wer": 12.5, "normalizer": "basic_keep_marks"}, 12.5),  # labelling counted already
+        ({"wer": 12.5, "normalizer": "multilingual"}, 12.5),  # labelling counted already
         ({"wer": 12.5, "normalizer": "english"}, 50.0),
-        ({"wer": None, "normalizer": "basic_keep_marks"}, 50.0),
+        ({"wer": 12.5, "normalizer": "basic_keep_marks"}, 50.0),  # the default of before
+        ({"wer": None, "normalizer": "multilingual"}, 50.0),
     ],
 )
 def test_a_stored_wer_counts_if_its_normaliser_is_ours(make_filter, stored, rate):
@@ -151,7 +152,7 @@ def test_a_packed_window_is_as_bad_as_its_worst_utterance(make_filter):
     assert make_filter(wer_threshold=0.0)({**row, "utterance_texts": [parts[0], None]}) == UNCHECKED
 
 
-@pytest.mark.parametrize("name, reason", [("basic_keep_marks", ABOVE), ("basic", KEPT)])
+@pytest.mark.parametrize("name, reason", [(None, ABOVE), ("basic_keep_marks", ABOVE), ("basic", KEPT)])
 def test_the_vowel_signs_of_hindi_count_unless_the_normaliser_deletes_them(make_filter, name, reason):
     basic = normaliser("basic", "hi", None)
     assert basic(HINDI) == basic(VOWELS_WRONG)
@@ -196,6 +197,15 @@ def test_the_errors_of_the_utterances_are_those_of_the_window():
         hypothesis = draw.choices("abcd", k=draw.randint(0, 12))
         found = utterance_errors(references, " ".join(hypothesis), str)
         assert sum(pair.errors for pair in found) == Levenshtein.distance(" ".join(references).split(), hypothesis)
+
+
+def test_characters_of_each_utterance_count_its_own_spaces():
+    rules = normaliser(None, "de", None)
+    found = utterance_errors(["", "ab cd", "", "ef g", ""], "ab cd ef g", rules, rules.characters)
+    assert found == [Errors(0, 0), Errors(0, 5), Errors(0, 0), Errors(0, 4), Errors(0, 0)]
+    assert utterance_errors(["ab", "ef g"], "ab efg", rules, rules.characters) == [Errors(0, 2), Errors(1, 4)]
+    thai = normaliser(None, "th", None)
+    assert utterance_errors(["น้ำ ดี", "มา"], "น้ำดีมะ", thai, thai.characters) == [Errors(0, 2), Errors(1, 2)]
 
 
 def test_the_worst_has_the_highest_rate_not_the_most_errors():

@@ -1,6 +1,6 @@
 import pytest
 
-from distil_whisper.alignment import Errors, character_errors, word_errors
+from distil_whisper.alignment import Errors, word_errors
 from distil_whisper.metrics import ErrorRates, score
 from distil_whisper.normalisation import normaliser
 
@@ -20,7 +20,7 @@ BASIC = normaliser("basic", "de", Tokenizer)
         ("a", "b c d", 3, 1, 300.0),
         ("a b", "", 2, 2, 100.0),
         ("", "", 0, 0, 0.0),
-        ("", "a b", 2, 0, 100.0),
+        ("", "a b", 2, 0, 200.0),
         ("  a   b ", "a b", 0, 2, 0.0),
     ],
 )
@@ -30,17 +30,13 @@ def test_word_errors_of_one_pair(reference, hypothesis, errors, words, rate):
     assert found.rate == rate
 
 
-def test_character_errors_of_one_pair():
-    assert character_errors("你好世界", "你好世間") == Errors(1, 4)
-    assert character_errors(" ab ", "ab") == Errors(0, 2)
-
-
 @pytest.mark.parametrize(
     "references, hypotheses, wer, cer, empty",
     [
         (["a b c d", "a"], ["a b c d", "b"], 20.0, 12.5, 0),  # one of five words: not the mean of 0 and 100
         (["a b", ""], ["a b", "c"], 50.0, 100 / 3, 1),  # what is said in silence is inserted
         ([""], ["a"], 100.0, 100.0, 1),
+        (["", ""], ["a b", "c"], 300.0, 400.0, 2),
         ([""], [""], 0.0, 0.0, 1),
         (["a"], [""], 100.0, 100.0, 0),
     ],
@@ -82,6 +78,9 @@ def test_score_of_a_language_without_spaces_is_led_by_characters():
     found = score(["你好世間"], ["你好 世界。"], normaliser(None, "zh", Tokenizer))
     assert (found["headline"], found["cer"], found["wer"]) == ("cer", 25.0, 25.0)
     assert found["wer_ortho"] == 100.0
+    assert found["cer_ortho"] == 40.0  # the full stop, and no space
+    thai = score(["น้ำ"], ["น้ำ ดี"], normaliser(None, "th", Tokenizer))
+    assert (thai["cer"], thai["cer_ortho"]) == (50.0, 50.0)  # a letter with its marks is one character
 
 
 def test_score_of_nothing():

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from stages import ENGLISH, SPEAKERS, WINDOW_S, label, metrics, rows_of, run, write_manifest
 
 import run_pseudo_labelling
-from distil_whisper import plan
+from distil_whisper import normalisation, plan
 from distil_whisper.audio import decode, stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.handoff import WRITTEN
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import normaliser
+from distil_whisper.outputs import RECORDS
 from distil_whisper.tokens import plain_text
 
 
@@ -250,11 +251,26 @@ def test_a_file_that_cannot_be_read_stops_no_other(taught, utterances, tmp_path,
 def test_a_language_decides_the_normaliser_of_the_figures(taught, speech_folder, tmp_path):
     hindi = rows_of(label(taught, speech_folder, tmp_path / "hi", "--language", "Hindi"))
     assert {(row["language"], row["task"], row["normalizer"]) for row in hindi} == {
-        ("hi", "transcribe", "basic_keep_marks")
+        ("hi", "transcribe", "multilingual")
     }
     basic = label(taught, speech_folder, tmp_path / "en", *ENGLISH, "--normalizer", "basic")
     assert {row["normalizer"] for row in rows_of(basic)} == {"basic"}
     assert plain_text(rows_of(basic)[0]["whisper_transcript"]) == rows_of(basic)[0]["whisper_transcript"].strip()
+
+
+def test_a_labelling_that_another_default_began_goes_on(taught, speech_folder, tmp_path, capsys, monkeypatch):
+    """Each row names the normaliser of its figures; those of the split are counted by one."""
+    flags = ["--language", "Hindi", "--report_to", "none"]
+    with monkeypatch.context() as before:
+        before.setattr(normalisation, "DEFAULT", "basic_keep_marks")
+        folder = label(taught, speech_folder, tmp_path / "hi", *flags)
+    whole = rows_of(folder)
+    for file in (f"{RECORDS}/shards/default/train-00001-of-00002.json", "default/train-00001-of-00002.parquet"):
+        (folder / file).unlink()
+    rows = rows_of(label(taught, speech_folder, folder, *flags))
+    assert [row["normalizer"] for row in rows] == ["basic_keep_marks"] * 12 + ["multilingual"] * 12
+    assert [row["whisper_transcript"] for row in rows] == [row["whisper_transcript"] for row in whole]
+    assert capsys.readouterr().out.count(", normalizer multilingual\n") == 1
 
 
 def test_the_plan_is_near_what_labelling_takes(taught, speech_folder, labelled, tmp_path, capsys):
