@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -355,7 +356,7 @@ def train(run: Training, max_steps: int) -> None:
     Asked to stop (SIGTERM, SIGINT), it ends the step, writes a checkpoint and leaves.
     """
     args, state = run.args, run.state
-    batches = run.data.batches(state.step * args.gradient_accumulation_steps, state.streams, run.accelerator.print)
+    batches = run.data.batches(run.accelerator.print)
     run.reports = StepReports(run.accelerator, min(args.max_bad_steps, max_steps), state.bad_steps)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
     run.model.train()  # checkpoints are loaded in evaluation mode
@@ -388,8 +389,8 @@ def log(run: Training) -> None:
     values = run.meter.read()
     values["train/bad_steps"] = run.reports.bad_steps
     values["train/learning_rate"] = run.scheduler.get_last_lr()[0]
-    if run.data.batches_per_epoch:
-        values["train/epoch"] = run.state.step * run.args.gradient_accumulation_steps / run.data.batches_per_epoch
+    if run.data.epoch is not None:
+        values["train/epoch"] = run.data.epoch
     run.trackers.log(values, run.state.step)
     say(run, f"step {run.state.step}: " + ", ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items()))
     check_skipped(run)
@@ -554,7 +555,7 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator, meter)
 
 
-def go_on(run: Training, max_steps: int) -> None:
+def go_on(run: Training, folder: OutputFolder, max_steps: int) -> None:
     """Make the schedule, and put back what the last checkpoint holds, if there is one."""
     args = run.args
     run.scheduler = get_scheduler(args.lr_scheduler_type, run.raw_optimizer, args.warmup_steps, max_steps)
@@ -562,11 +563,19 @@ def go_on(run: Training, max_steps: int) -> None:
     if resumed is not None:
         run.state = resumed
         run.meter.go_on(resumed.metered, resumed.rows, resumed.skipped)
+        run.data.resume(resumed.streams, resumed.step, arguments_before(run, folder), run.accelerator.print)
         if run.accelerator.scaler and resumed.scaler:
             run.accelerator.scaler.load_state_dict(resumed.scaler)
         run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
         if resumed.step >= max_steps:
             run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")
+
+
+def arguments_before(run: Training, folder: OutputFolder) -> dict:
+    """The arguments that the checkpoints in the folder were trained with, on every process."""
+    kept = [folder.arguments() if run.accelerator.is_main_process else None]
+    broadcast_object_list(kept)
+    return {**public_arguments(run.args), **(kept[0] or {"arguments": {}})["arguments"]}
 
 
 def note_arguments(run: Training, folder: OutputFolder, max_steps: int) -> None:
@@ -583,11 +592,11 @@ def note_arguments(run: Training, folder: OutputFolder, max_steps: int) -> None:
     folder.keep_arguments({"arguments": now, "changed": kept["changed"]})
 
 
-def steps_to_train(args: Arguments, batches_per_epoch: int | None) -> int:
-    """Optimizer steps: --max_steps, else what --num_train_epochs comes to."""
+def steps_to_train(args: Arguments, data: Mixture, step: int) -> int:
+    """Optimizer steps: --max_steps, else those that were done and what is left of --num_train_epochs."""
     if args.max_steps > 0:
         return args.max_steps
-    return math.ceil(batches_per_epoch * args.num_train_epochs / args.gradient_accumulation_steps)
+    return step + math.ceil(data.batches_until(args.num_train_epochs) / args.gradient_accumulation_steps)
 
 
 def open_trackers(run: Training, folder: OutputFolder) -> Trackers:
@@ -628,8 +637,8 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     accelerator = run.accelerator
     share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
     run.data = Mixture(args, sets, maker, run.collator, share)
-    max_steps = steps_to_train(args, run.data.batches_per_epoch)
-    go_on(run, max_steps)
+    max_steps = steps_to_train(args, run.data, 0)
+    go_on(run, folder, max_steps)
     note_arguments(run, folder, max_steps)
     run.trackers = open_trackers(run, folder)
     try:

@@ -40,7 +40,7 @@ _MOMENTS = "state."
 class TrainerState:
     """Where training stands: optimizer steps done, the figure of each validation by its step, all figures of the last
     validation, what the meter has summed since the last line of metrics, the rows that came until then and those of
-    them that were skipped, where the streams stand, how float16's gradients are scaled, and how many steps were bad.
+    them that were skipped, where the data stand, how float16's gradients are scaled, and how many steps were bad.
     """
 
     step: int = 0

@@ -93,8 +93,9 @@ class Batch:
 
 
 class Labeller:
-    """From a row to its token sequence. Whether a row keeps its timestamps and its prompt is drawn again each epoch
-    from (seed, epoch, row_id), so neither the order of rows nor a resume changes it."""
+    """From a row to its token sequence. Whether a row keeps its timestamps and its prompt is drawn on each visit, from
+    (seed, visit, row_id): repeats differ, and a resume changes nothing. The visit is how often the row came before,
+    which the order of training tells."""
 
     def __init__(self, grammar: Grammar, settings: LabelSettings):
         self.grammar = grammar
@@ -142,16 +143,16 @@ class Labeller:
         row: dict,
         columns: LabelColumns,
         row_id: str,
-        epoch: int,
+        visit: int,
         speed: float = 1.0,
         window_seconds: float = math.inf,
     ) -> Sequence | None:
-        """What the decoders see of a row in an epoch, its audio faster by a factor; None if the label does not fit.
+        """What the decoders see of a row on a visit, its audio faster by a factor; None if the label does not fit.
 
         A prompt that cannot be used is left out. Raises UserError for a label that cannot be.
         """
         settings, grammar = self.settings, self.grammar
-        timestamp_draw, prompt_draw = draws(settings.seed, epoch, row_id)
+        timestamp_draw, prompt_draw = draws(settings.seed, visit, row_id)
         target = at_speed(self.target(row, columns), speed, grammar, window_seconds)
         if timestamp_draw >= settings.timestamp_probability:
             target = grammar.without_timestamps(target)
@@ -198,7 +199,7 @@ class ExampleMaker:
         self.augment = augment
         self.audio_keys = audio_keys
 
-    def __call__(self, row: dict, columns: LabelColumns, row_id: str, epoch: int) -> Example:
+    def __call__(self, row: dict, columns: LabelColumns, row_id: str, visit: int) -> Example:
         """The example of a row; one with a problem where its audio or its label cannot be used."""
         try:
             samples = decode(row[self.audio_column], self.window.sampling_rate)
@@ -210,10 +211,10 @@ class ExampleMaker:
             return Example(row_id, problem=f"longer than the window: {seconds:.1f} s of {self.window.seconds:g} s")
         speed = 1.0
         if self.augment:
-            draw = np.random.default_rng(_digest("augment", self.labeller.settings.seed, epoch, row_id))
+            draw = np.random.default_rng(_digest("augment", self.labeller.settings.seed, visit, row_id))
             samples, speed = self.augment(samples, self.window.samples, draw)
         try:
-            sequence = self.labeller.sequence(row, columns, row_id, epoch, speed, self.window.seconds)
+            sequence = self.labeller.sequence(row, columns, row_id, visit, speed, self.window.seconds)
         except UserError as error:
             return Example(row_id, problem=str(error))
         if sequence is None:
@@ -284,9 +285,9 @@ def joined(parts: list[Batch], padding: int) -> Batch:
     )
 
 
-def draws(seed: int, epoch: int, row_id: str) -> tuple[float, float]:
+def draws(seed: int, visit: int, row_id: str) -> tuple[float, float]:
     """Two uniform numbers in [0, 1) that depend on nothing but the arguments."""
-    return tuple(part / 2**64 for part in divmod(_digest(seed, epoch, row_id), 2**64))
+    return tuple(part / 2**64 for part in divmod(_digest(seed, visit, row_id), 2**64))
 
 
 def _digest(*parts) -> int:

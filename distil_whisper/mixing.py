@@ -1,7 +1,8 @@
 """The order in which training visits the rows of map-style datasets.
 
-It is a function of the seed and of how many batches were taken, so a resumed run goes on with the very next batch, and
-the rows of a global batch do not depend on the number of processes or workers. streams.py is for streamed datasets.
+It is a function of the seed and of how many samples were taken, so a resumed run goes on with the very next one, also
+with batches of another size, and the rows of a global batch do not depend on the number of processes or workers.
+streams.py is for streamed datasets.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from distil_whisper.examples import Example, ExampleMaker, LabelColumns, Labelle
 from distil_whisper.filtering import RowFilter
 from distil_whisper.reading import Source
 
+_SAMPLES, _ROUND = 1, 2  # what is drawn, beside the order of an epoch
 GROUPED_BATCHES = 50  # batches in which rows are sorted by length together
 
 
@@ -51,34 +53,52 @@ class Share:
 
 
 class EpochOrder:
-    """The rows of an epoch in order, as (dataset, row) pairs.
+    """The samples of an epoch in order, as (dataset, row, visit): how often the row came before.
 
-    Without weights each row of each dataset once. With weights as many rows, each drawn from a dataset with a
-    probability in proportion to its weight; a dataset that runs out starts again in a new order.
+    Without weights each row of each dataset once. With weights as many samples, each drawn from a dataset with a
+    probability in proportion to its weight. All rows of a dataset come, in a random order, before one comes again:
+    where an epoch ends within such a round, the next one goes on with it.
     """
 
     def __init__(self, sizes: list[int], weights: list[float] | None, seed: int):
         self.sizes = sizes
-        self.weights = weights
+        self.chances = None if weights is None else np.asarray(weights, float) / sum(weights)
         self.seed = seed
+        self._totals = [np.zeros(len(sizes), int)]  # of each epoch, what each dataset gave before it
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def __call__(self, epoch: int) -> np.ndarray:
-        """An array [rows, 2] that depends on the seed and the epoch alone."""
+        """An array [samples, 3] that depends on the seed and the epoch alone."""
         draw = np.random.default_rng([self.seed, epoch])
-        if self.weights is None:
-            pairs = [np.stack([np.full(size, index), np.arange(size)], 1) for index, size in enumerate(self.sizes)]
-            return draw.permutation(np.concatenate(pairs))
-        share = np.asarray(self.weights, float) / sum(self.weights)
-        datasets = draw.choice(len(self.sizes), size=len(self), p=share)
-        rows = np.zeros(len(self), int)
-        for index, size in enumerate(self.sizes):
-            places = np.flatnonzero(datasets == index)
-            rounds = [draw.permutation(size) for _ in range(-(-len(places) // size))]
-            rows[places] = np.concatenate([*rounds, np.zeros(0, int)])[: len(places)]
-        return np.stack([datasets, rows], 1)
+        if self.chances is None:
+            rows = [
+                np.stack([np.full(size, dataset), np.arange(size), np.full(size, epoch)], 1)
+                for dataset, size in enumerate(self.sizes)
+            ]
+            return draw.permutation(np.concatenate(rows))
+        before, after = self._total(epoch), self._total(epoch + 1)
+        datasets = draw.permutation(np.repeat(np.arange(len(self.sizes)), after - before))
+        samples = np.column_stack([datasets, datasets, datasets])
+        for dataset, span in enumerate(zip(before, after, strict=True)):
+            samples[datasets == dataset, 1:] = self._rows(dataset, *span)
+        return samples
+
+    def _total(self, epoch: int) -> np.ndarray:
+        """How many samples of each dataset all epochs before this one hold."""
+        while len(self._totals) <= epoch:
+            draw = np.random.default_rng([self.seed, len(self._totals) - 1, 0, _SAMPLES])
+            self._totals.append(self._totals[-1] + draw.multinomial(len(self), self.chances))
+        return self._totals[epoch]
+
+    def _rows(self, dataset: int, first: int, last: int) -> np.ndarray:
+        """The samples of a dataset, counted over all epochs, from one to another: rows and visits [n, 2]."""
+        size = self.sizes[dataset]
+        visits = range(first // size, -(-last // size))
+        rounds = [np.random.default_rng([self.seed, dataset, visit, _ROUND]).permutation(size) for visit in visits]
+        rows = np.concatenate([*rounds, np.zeros(0, int)])[first % size :][: last - first]
+        return np.column_stack([rows, np.arange(first, last) // size])
 
 
 class LabelLengths:
@@ -89,61 +109,99 @@ class LabelLengths:
         self.labeller = labeller
         self.tables = [training_set.source.dataset.remove_columns(audio_column) for training_set in sets]
 
-    def __call__(self, epoch: int, pairs: np.ndarray) -> np.ndarray:
-        """The lengths of (dataset, row) pairs [rows, 2]; 0 for what trains nothing."""
-        return np.array([self._length(epoch, dataset, position) for dataset, position in pairs.tolist()])
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        """The lengths of (dataset, row, visit) samples [n, 3]; 0 for what trains nothing."""
+        return np.array([self._length(*sample) for sample in samples.tolist()])
 
-    def _length(self, epoch: int, dataset: int, position: int) -> int:
+    def _length(self, dataset: int, position: int, visit: int) -> int:
         training_set = self.sets[dataset]
         index = int(training_set.kept[position])
         row = training_set.row_filter.trimmed(self.tables[dataset][index])
         row_id = training_set.row_id(row, *training_set.source.locate(index))
         try:
-            sequence = self.labeller.sequence(row, training_set.columns, row_id, epoch)
+            sequence = self.labeller.sequence(row, training_set.columns, row_id, visit)
         except UserError:  # of a label that cannot be read
             return 0
         return len(sequence.labels) if sequence else 0
 
 
 class MapBatches(Sampler):
-    """Batches of (epoch, dataset, row, counts) keys for one process, endlessly, from a batch number on.
+    """Batches of (dataset, row, visit, counts) keys for one process, endlessly, from a position on: the number of
+    samples of the endless order that were taken before. The last batch of an epoch may be smaller.
 
     With lengths, rows of like length share a global batch: GROUPED_BATCHES batches of an epoch are sorted at a time,
-    cut into batches, and those are put in a random order.
+    cut into batches, and those are put in a random order. Such groups begin with the epoch, or within one where a run
+    went on with batches of another size: `grouped_from` is that position.
     """
 
-    def __init__(self, order: EpochOrder, share: Share, start: int = 0, lengths: LabelLengths | None = None):
+    def __init__(
+        self,
+        order: EpochOrder,
+        share: Share,
+        start: int = 0,
+        lengths: LabelLengths | None = None,
+        grouped_from: int = 0,
+    ):
         self.order = order
         self.share = share
         self.start = start
         self.lengths = lengths
+        self.grouped_from = grouped_from
+        self.size = share.batch_size * share.processes
 
     @property
     def per_epoch(self) -> int:
-        """Global batches in an epoch; the last one may be smaller."""
-        return -(-len(self.order) // (self.share.batch_size * self.share.processes))
+        """Global batches in an epoch."""
+        return -(-len(self.order) // self.size)
+
+    def after(self, position: int, batches: int) -> int:
+        """The position after so many batches from a position on."""
+        epoch, offset = divmod(position, len(self.order))
+        rest = batches - self._left(offset)
+        if rest < 0:
+            return position + batches * self.size
+        return (epoch + 1 + rest // self.per_epoch) * len(self.order) + rest % self.per_epoch * self.size
+
+    def number(self, position: int) -> int:
+        """How many batches come before the next one of a position, had all been of this size."""
+        epoch, offset = divmod(position, len(self.order))
+        return (epoch + 1) * self.per_epoch - self._left(offset)
+
+    def begins_group(self, position: int) -> bool:
+        """Whether no group of rows of like length is divided by a position, where groups begin at `grouped_from`."""
+        epoch, offset = divmod(position, len(self.order))
+        return (offset - self._first_group(epoch)) % (GROUPED_BATCHES * self.size) == 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int, bool]]]:
-        for epoch in count(self.start // self.per_epoch):
-            first = self.start % self.per_epoch if epoch == self.start // self.per_epoch else 0
-            for rows in self._of_epoch(epoch, first):
-                mine, counts = self.share.of(rows.tolist())
-                yield [(epoch, dataset, row, counts) for dataset, row in mine]
+        for epoch in count(self.start // len(self.order)):
+            first = max(self.start - epoch * len(self.order), 0)
+            for samples in self._of_epoch(epoch, first):
+                mine, counts = self.share.of(samples.tolist())
+                yield [(*sample, counts) for sample in mine]
+
+    def _left(self, offset: int) -> int:
+        """The batches from an offset in an epoch to its end."""
+        return -(-(len(self.order) - offset) // self.size)
+
+    def _first_group(self, epoch: int) -> int:
+        return max(self.grouped_from - epoch * len(self.order), 0)
 
     def _of_epoch(self, epoch: int, first: int) -> Iterator[np.ndarray]:
-        """The global batches of an epoch, from one on."""
-        size, order = self.share.batch_size * self.share.processes, self.order(epoch)
-        group = GROUPED_BATCHES if self.lengths else 1
-        for begin in range(first - first % group, self.per_epoch, group):
-            rows = order[begin * size : (begin + group) * size]
-            batches = self._grouped(epoch, begin, rows, size) if self.lengths else [rows]
-            yield from batches[max(first - begin, 0) :]
+        """The global batches of an epoch, from an offset on."""
+        order, size = self.order(epoch), self.size
+        if self.lengths is None:
+            yield from (order[place : place + size] for place in range(first, len(order), size))
+            return
+        group = GROUPED_BATCHES * size
+        for begin in range(first - (first - self._first_group(epoch)) % group, len(order), group):
+            batches = self._grouped(epoch, begin, order[begin : begin + group])
+            yield from batches[max(first - begin, 0) // size :]
 
-    def _grouped(self, epoch: int, begin: int, rows: np.ndarray, size: int) -> list[np.ndarray]:
-        rows = rows[np.argsort(self.lengths(epoch, rows), kind="stable")]
-        batches = [rows[place : place + size] for place in range(0, len(rows), size)]
-        whole = len(rows) // size  # a smaller batch stays the last one
-        draw = np.random.default_rng([self.order.seed, epoch, begin])
+    def _grouped(self, epoch: int, begin: int, samples: np.ndarray) -> list[np.ndarray]:
+        samples, size = samples[np.argsort(self.lengths(samples), kind="stable")], self.size
+        batches = [samples[place : place + size] for place in range(0, len(samples), size)]
+        whole = len(samples) // size  # a smaller batch stays the last one
+        draw = np.random.default_rng([self.order.seed, epoch, begin // size])
         return [batches[place] for place in draw.permutation(whole)] + batches[whole:]
 
 
@@ -155,13 +213,13 @@ class MapExamples(Dataset):
         self.maker = maker
 
     def __getitem__(self, key: tuple[int, int, int, bool]) -> Example:
-        epoch, dataset, position, counts = key
+        dataset, position, visit, counts = key
         training_set = self.sets[dataset]
         index = int(training_set.kept[position])
         row = training_set.source.dataset[index]
         row_id = training_set.row_id(row, *training_set.source.locate(index))
         row = training_set.row_filter.trimmed(row)
-        return self.maker(row, training_set.columns, row_id, epoch) if counts else Example(row_id)
+        return self.maker(row, training_set.columns, row_id, visit) if counts else Example(row_id)
 
 
 def map_loader(sets: list[TrainingSet], batches: MapBatches, maker, collator, num_workers: int) -> DataLoader:

@@ -22,6 +22,7 @@ from distil_whisper.filtering import (
     table,
 )
 from distil_whisper.mixing import (
+    GROUPED_BATCHES,
     EpochOrder,
     LabelLengths,
     MapBatches,
@@ -208,42 +209,97 @@ def open_validation_sets(args, student: LoadedWhisper) -> list[ValidationSet]:
 
 
 class Mixture:
-    """The training datasets together: how long an epoch of them is, and their batches from any point on."""
+    """The training datasets together: how long an epoch of them is, and their batches from any point on.
+
+    position is where training stands in their order: the samples that were taken, of streams the batches.
+    """
 
     def __init__(self, args, sets: list[TrainingSet], maker: ExampleMaker, collator: Collator, share: Share):
         self.args, self.sets, self.maker, self.collator, self.share = args, sets, maker, collator, share
         self.weights = sampling_weights(args, sets)
         self.order = EpochOrder([len(s.kept) for s in sets], self.weights, args.seed)
+        self.position = 0
+        self._grouped_from = 0
+        self._places: Places = {}
         self._streamed: StreamBatches | None = None
 
     @property
-    def batches_per_epoch(self) -> int | None:
-        """Global batches in a pass over the data; None when streaming."""
-        return None if self.args.streaming else MapBatches(self.order, self.share).per_epoch
+    def epoch(self) -> float | None:
+        """The passes over the data that were made; None when streaming."""
+        return None if self.args.streaming else self.position / len(self.order)
 
-    def batches(self, start: int, kept: dict, say: Callable[[str], None]) -> Iterator[Batch]:
-        """This process's batches without end, from a batch number on; `kept` is what `to_keep` gave there."""
-        workers = self.args.dataloader_num_workers
+    def batches_until(self, epoch: float) -> float:
+        """How many batches are left to the end of an epoch, which may be a part of one; not known when streaming."""
+        return self._sizes.per_epoch * epoch - self._sizes.number(self.position)
+
+    def resume(self, kept: dict, step: int, before: dict, say: Callable[[str], None]) -> None:
+        """Go to where a checkpoint of an optimizer step stands: `kept` is what `to_keep` gave, `before` holds the
+        arguments that the run had until then. With other batches than its own it goes on all the same."""
+        batches = step * before["gradient_accumulation_steps"]
         if self.args.streaming:
-            places = self._stream_mixture.resumed(kept, say)
-            parts = StreamParts(self._stream_mixture, self.maker, self.collator, self.share, start, places)
-            if workers > len(parts.shares):
-                say(f"of --dataloader_num_workers {workers}, a batch of this size keeps {len(parts.shares)} busy")
-            self._streamed = StreamBatches(parts, workers, self.collator.padding)
-            return self._streamed
+            self.position, self._places = kept.get("batches", batches), self._stream_mixture.resumed(kept, say)
+            return
+        if "samples" not in kept:
+            kept = self._of_earlier_version(batches, before, say)
+        self.position = self._grouped_from = kept["samples"]
+        if not kept["groups"]:
+            return
+        grouped_from, size = kept["groups"]
+        batches = MapBatches(self.order, Share(0, 1, size), grouped_from=grouped_from)
+        if self.args.group_by_length and size == self._sizes.size:
+            self._grouped_from = grouped_from
+        elif not batches.begins_group(self.position):
+            say(
+                f"the run goes on within {GROUPED_BATCHES} batches of {size} rows that --group_by_length had sorted, "
+                "with others than those: some of their rows come twice or not at all in this epoch"
+            )
+
+    def _of_earlier_version(self, batches: int, before: dict, say: Callable[[str], None]) -> dict:
+        """What `to_keep` would have given after so many batches, for a checkpoint that lacks it."""
+        share = replace(self.share, batch_size=before["per_device_train_batch_size"])
+        say(f"an earlier version wrote the checkpoint: its {share.processes} processes are taken to be those of now")
+        if self.weights:
+            say("since then --train_dataset_samples visits all rows of a dataset before it repeats one: a new order")
+        earlier = MapBatches(self.order, share)
+        groups = [0, earlier.size] if before.get("group_by_length") else None
+        return {"samples": earlier.after(0, batches), "groups": groups}
+
+    def batches(self, say: Callable[[str], None]) -> Iterator[Batch]:
+        """This process's batches without end, from the position on."""
+        return self._streamed_batches(say) if self.args.streaming else self._map_batches()
+
+    def _streamed_batches(self, say: Callable[[str], None]) -> Iterator[Batch]:
+        workers = self.args.dataloader_num_workers
+        parts = StreamParts(self._stream_mixture, self.maker, self.collator, self.share, self.position, self._places)
+        if workers > len(parts.shares):
+            say(f"of --dataloader_num_workers {workers}, a batch of this size keeps {len(parts.shares)} busy")
+        self._streamed = StreamBatches(parts, workers, self.collator.padding)
+        for batch in self._streamed:
+            self.position += 1
+            yield batch
+
+    def _map_batches(self) -> Iterator[Batch]:
         grouping = self.args.group_by_length
         lengths = LabelLengths(self.sets, self.maker.labeller, self.maker.audio_column) if grouping else None
-        batches = MapBatches(self.order, self.share, start, lengths)
-        return iter(map_loader(self.sets, batches, self.maker, self.collator, workers))
+        batches = MapBatches(self.order, self.share, self.position, lengths, self._grouped_from)
+        for batch in map_loader(self.sets, batches, self.maker, self.collator, self.args.dataloader_num_workers):
+            self.position = batches.after(self.position, 1)
+            yield batch
 
     def to_keep(self) -> dict:
-        """What it takes to go on behind the last batch, beside its number. Every process must call it."""
-        if self._streamed is None:
-            return {}
+        """What it takes to go on after the last batch. Every process must call it."""
+        if not self.args.streaming:
+            groups = [self._grouped_from, self._sizes.size] if self.args.group_by_length else None
+            return {"samples": self.position, "groups": groups}
         places: Places = {}
         for of_process in gather_object([self._streamed.places]):
             places |= of_process
-        return self._stream_mixture.to_keep(places)
+        return {"batches": self.position, **self._stream_mixture.to_keep(places)}
+
+    @property
+    def _sizes(self) -> MapBatches:
+        """The batches of now, to count with."""
+        return MapBatches(self.order, self.share)
 
     @cached_property
     def _stream_mixture(self) -> StreamMixture:

@@ -1,8 +1,11 @@
 """The order of training: the same rows for any number of processes and workers, and after any resume."""
 
+import json
+import math
 import pickle
 from collections import Counter
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from mixtures import SEED, identity
 
 from distil_whisper import mixing
 from distil_whisper.mixing import EpochOrder, LabelLengths, MapBatches, MapExamples, Share, map_loader
+from distil_whisper.training_sets import Mixture
 
 SIZE = 2
 
@@ -27,9 +31,10 @@ def test_the_shares_of_a_batch_are_the_batch(rows, processes):
 def test_without_weights_every_row_comes_once_an_epoch_in_an_order_of_its_own():
     order = EpochOrder([5, 3, 40], None, SEED)
     epochs = [order(epoch).tolist() for epoch in range(3)]
-    rows = [[dataset, row] for dataset, size in enumerate([5, 3, 40]) for row in range(size)]
-    assert all(sorted(epoch) == rows for epoch in epochs) and len(order) == len(rows)
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and rows not in epochs
+    rows = [[[dataset, row, e] for dataset, size in enumerate([5, 3, 40]) for row in range(size)] for e in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == rows and len(order) == len(rows[0])
+    plain = [[sample[:2] for sample in epoch] for epoch in epochs]
+    assert plain[0] != plain[1] != plain[2] != plain[0] and epochs[0] != rows[0]
     assert EpochOrder([5, 3, 40], None, SEED)(1).tolist() == epochs[1]
     assert EpochOrder([5, 3, 40], None, SEED + 1)(1).tolist() != epochs[1]
 
@@ -41,31 +46,89 @@ def test_weights_decide_how_often_a_dataset_is_drawn():
     assert len(pairs) == len(order) == 2000
     for dataset, share in enumerate([0.6, 0.3, 0.1]):
         assert drawn[dataset] / 2000 == pytest.approx(share, abs=0.04)
-    for dataset, size in enumerate([300, 1000, 700]):  # none is used again before all are used
-        uses = Counter(pairs[pairs[:, 0] == dataset, 1].tolist())
-        assert set(uses) <= set(range(size))
-        assert max(uses.values()) - min(uses.values() if len(uses) == size else [0]) <= 1
     assert pairs.tolist() != order(1).tolist()
     assert pairs.tolist() == EpochOrder([300, 1000, 700], [6.0, 3.0, 1.0], SEED)(0).tolist()
 
 
+def test_a_dataset_gives_all_its_rows_before_it_gives_one_again():
+    """Across epochs, however small its weight; each visit has its number, and any epoch can be had at once."""
+    sizes, weights = [300, 1000, 700, 1], [8.0, 1.0, 0.5, 0.5]
+    order = EpochOrder(sizes, weights, SEED)
+    epochs = [order(epoch) for epoch in range(12)]
+    samples = np.concatenate(epochs)
+    for dataset, size in enumerate(sizes):
+        rows = samples[samples[:, 0] == dataset, 1:]  # in the order of training
+        rounds = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        assert [set(visits) for visits in (part[:, 1] for part in rounds)] == [{n} for n in range(len(rounds))]
+        assert all(len(set(part[:, 0])) == len(part) for part in rounds)
+        assert [sorted(part[:, 0]) == list(range(size)) for part in rounds[:-1]] == [True] * (len(rounds) - 1)
+        assert size == 1 or rounds[0].tolist() != rounds[1].tolist()
+    assert len({tuple(sample) for sample in samples.tolist()}) == len(samples)
+    again = EpochOrder(sizes, weights, SEED)
+    assert again(11).tolist() == epochs[11].tolist() and again(3).tolist() == epochs[3].tolist()
+
+
+def test_the_order_of_runs_that_have_begun_stays():
+    """Without weights: what the version before this order gave."""
+    old = np.random.default_rng([SEED, 5]).permutation([[0, row] for row in range(9)] + [[1, row] for row in range(4)])
+    assert EpochOrder([9, 4], None, SEED)(5)[:, :2].tolist() == old.tolist()
+
+
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
-@pytest.mark.parametrize("start", [0, 1, 4, 5, 13])
+@pytest.mark.parametrize("start", [0, 6, 24, 27, 72])
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_map_batches_of_all_processes_are_the_global_batches(weights, start, processes):
     size = 6 // processes
     order = EpochOrder([17, 10], weights, SEED)  # 27 rows: 4 batches of 6, and one of 3
-    whole = list(islice(MapBatches(order, Share(0, 1, 6)), 20))
+    batches = MapBatches(order, Share(0, 1, 6))
+    whole = list(islice(batches, 25))
     assert [len(batch) for batch in whole[:6]] == [6, 6, 6, 6, 3, 6]
-    assert [key[1:3] for batch in whole[5:10] for key in batch] == [tuple(pair) for pair in order(1).tolist()]
-    assert {key[0] for batch in whole[5:10] for key in batch} == {1}
-    parts = [
-        list(islice(MapBatches(order, Share(rank, processes, size), start), 20 - start)) for rank in range(processes)
-    ]
-    assert [[key for part in parts_of_batch for key in part] for parts_of_batch in zip(*parts, strict=True)] == whole[
-        start:
-    ]
+    assert [key[:3] for batch in whole[5:10] for key in batch] == [tuple(sample) for sample in order(1).tolist()]
+    first = batches.number(start)
+    assert batches.after(0, first) == start
+    parts = [list(islice(MapBatches(order, Share(rank, processes, size), start), 9)) for rank in range(processes)]
+    joined = [[key for part in of_batch for key in part] for of_batch in zip(*parts, strict=True)]
+    assert joined == whole[first : first + 9]
     assert MapBatches(order, Share(0, processes, size)).per_epoch == 5
+
+
+@pytest.mark.parametrize("start", [0, 1, 26, 27, 40])
+@pytest.mark.parametrize("size", [1, 4, 6, 27, 50])
+def test_positions_are_those_of_the_batches(start, size):
+    """Whatever the batches were before: the samples of the order go on with the very next one."""
+    order = EpochOrder([17, 10], None, SEED)
+    batches = MapBatches(order, Share(0, 1, size), start)
+    samples = [tuple(sample) for epoch in range(60) for sample in order(epoch).tolist()]
+    position = start
+    for number, batch in enumerate(islice(batches, 30)):
+        assert batches.after(start, number) == position and batches.number(position) == batches.number(start) + number
+        assert [key[:3] for key in batch] == samples[position : position + len(batch)]
+        position += len(batch)
+
+
+def test_rows_of_a_group_are_not_lost_where_its_batches_are_of_another_size(monkeypatch):
+    """A run that goes on with other batches at the border of a group sees each row once; within one, groups begin
+    anew there, and a later resume goes on in those."""
+    monkeypatch.setattr(mixing, "GROUPED_BATCHES", 3)
+    order = EpochOrder([40], None, SEED)
+
+    def lengths(samples):
+        return samples[:, 1] % 7
+
+    before = MapBatches(order, Share(0, 1, 4), 0, lengths)
+    assert [before.begins_group(position) for position in (0, 4, 12, 20, 36, 40)] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    rows = [key[1] for batch in islice(before, 3) for key in batch]
+    later = list(islice(MapBatches(order, Share(0, 1, 3), 12, lengths, 12), 10))
+    assert sorted(rows + [key[1] for batch in later for key in batch]) == list(range(40))
+    resumed = MapBatches(order, Share(0, 1, 3), 12 + 12, lengths, 12)
+    assert list(islice(resumed, 6)) == later[4:]
 
 
 def taken(loader, count):
@@ -88,7 +151,7 @@ def test_two_processes_train_on_the_rows_of_one(make_sets):
 
 def test_a_resumed_run_goes_on_with_the_next_batch(make_sets):
     unbroken = map_examples(make_sets, Share(1, 2, SIZE), count=12)
-    assert map_examples(make_sets, Share(1, 2, SIZE), start=5, count=7) == unbroken[5:]
+    assert map_examples(make_sets, Share(1, 2, SIZE), start=5 * 2 * SIZE, count=7) == unbroken[5:]
 
 
 def test_a_worker_makes_the_same_example(make_sets):
@@ -96,7 +159,7 @@ def test_a_worker_makes_the_same_example(make_sets):
     loader = map_loader(sets, MapBatches(EpochOrder([4], None, SEED), Share(0, 1, 2)), maker, list, 2)
     assert loader.multiprocessing_context.get_start_method() == "spawn"
     sent = pickle.loads(pickle.dumps(loader.dataset))
-    assert identity(sent[1, 0, 3, True]) == identity(loader.dataset[1, 0, 3, True])
+    assert identity(sent[0, 3, 1, True]) == identity(loader.dataset[0, 3, 1, True])
 
 
 def test_a_row_that_stands_in_for_none_is_not_trained_on(make_sets):
@@ -117,11 +180,65 @@ def test_rows_of_like_length_share_a_batch(make_sets, monkeypatch):
     assert sorted(chain.from_iterable(grouped)) == sorted(chain.from_iterable(plain)) and grouped != plain
 
     def padding(batches):
-        found = [lengths(batch[0][0], np.array([key[1:3] for key in batch])) for batch in batches]
+        found = [lengths(np.array([key[:3] for key in batch])) for batch in batches]
         return sum(len(batch) * batch.max() - batch.sum() for batch in found)
 
     assert padding(grouped) < padding(plain)
-    epochs = {tuple(lengths(epoch, order(0)).tolist()) for epoch in range(4)}
-    assert len(epochs) > 1  # timestamps and prompts are drawn again
+    visits = {tuple(lengths(order(0) + np.array([0, 0, visit])).tolist()) for visit in range(4)}
+    assert len(visits) > 1  # timestamps and prompts are drawn again
     for start in (1, 5, per_epoch + 3):
-        assert list(islice(MapBatches(order, share, start, lengths), 4)) == grouped[start : start + 4]
+        batches = MapBatches(order, share, MapBatches(order, share).after(0, start), lengths)
+        assert list(islice(batches, 4)) == grouped[start : start + 4]
+
+
+@pytest.fixture
+def mixture(make_sets):
+    """A Mixture with batches of so many rows, and what it says."""
+
+    def make(batch, processes=1, weights=None, grouped=False):
+        sets, maker = make_sets(False)
+        flags = {"streaming": False, "group_by_length": grouped, "dataloader_num_workers": 0, "seed": SEED}
+        names = {"train_dataset_name": "a+b", "train_dataset_config_name": None, "train_split_name": "train"}
+        args = SimpleNamespace(**flags, **names, train_dataset_samples=weights)
+        return Mixture(args, sets, maker, lambda examples: [e.row_id for e in examples], Share(0, processes, batch))
+
+    return make
+
+
+def rows_of(mixture, batches, said):
+    return [row_id for batch in islice(mixture.batches(said.append), batches) for row_id in batch]
+
+
+@pytest.mark.parametrize("weights", [None, "1+3"])
+@pytest.mark.parametrize(("batch", "later"), [(4, 2), (4, 8), (3, 5)])
+def test_a_run_that_goes_on_with_other_batches_sees_the_next_samples(mixture, weights, batch, later):
+    said = []
+    unbroken = rows_of(mixture(1, weights=weights), 48, said)  # 16 rows: three epochs
+    before = mixture(batch, weights=weights)
+    rows = rows_of(before, 7, said)
+    kept = json.loads(json.dumps(before.to_keep()))
+    after = mixture(later, weights=weights)
+    after.resume(kept, 7, {"gradient_accumulation_steps": 1}, said.append)
+    left = math.ceil(after.batches_until(3))
+    assert rows + rows_of(after, left, said) == unbroken and not said
+    assert after.epoch == 3 and after.batches_until(3) == 0
+
+
+def test_the_position_of_an_earlier_version_is_told_by_the_arguments_of_then(mixture):
+    """It counted batches: so many steps, each of so many. Weighted sampling goes on in another order."""
+    before = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    for weights, lines in ((None, 1), ("1+3", 2)):
+        said, after = [], mixture(2, processes=2, weights=weights)
+        after.resume({}, 4, before, said.append)  # epochs of 16 rows: batches of 6, 6 and 4
+        assert after.position == 2 * 16 + 2 * 6 and len(said) == lines
+        assert "earlier version" in said[0] and ("new order" in said[-1]) == (weights is not None)
+
+
+def test_a_group_that_is_left_with_other_batches_is_said(mixture, monkeypatch):
+    monkeypatch.setattr(mixing, "GROUPED_BATCHES", 2)
+    for batches, later, grouped, lines in ((1, 4, True, 0), (1, 2, True, 1), (2, 2, True, 0), (1, 4, False, 1)):
+        said, before = [], mixture(4, grouped=True)
+        rows_of(before, batches, said)
+        after = mixture(later, grouped=grouped)
+        after.resume(before.to_keep(), batches, {"gradient_accumulation_steps": 1}, said.append)
+        assert len(said) == lines and all("come twice or not at all" in line for line in said)

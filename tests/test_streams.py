@@ -226,7 +226,7 @@ def test_there_are_no_more_workers_than_lanes(mixture):
 
 def test_parts_are_joined_as_one_batch(make_sets, whisper):
     sets, maker = make_sets(False)
-    examples = [MapExamples(sets, maker)[0, 0, row, True] for row in range(5)]
+    examples = [MapExamples(sets, maker)[0, row, 0, True] for row in range(5)]
     collator = Collator(whisper.window, whisper.grammar.end)
     useless = collator([MapExamples(sets, maker)[0, 0, 0, False]])
     whole, parts = collator(examples), [collator(examples[:2]), useless, collator(examples[2:])]
@@ -246,7 +246,7 @@ def test_an_example_depends_on_epoch_and_row_alone(mixture, make_sets):
             example.row_id: identity(example)
             for dataset in range(2)
             for example in (
-                MapExamples(sets, map_maker)[epoch, dataset, i, True] for i in range(len(sets[dataset].kept))
+                MapExamples(sets, map_maker)[dataset, i, epoch, True] for i in range(len(sets[dataset].kept))
             )
         }
         for epoch in range(3)
