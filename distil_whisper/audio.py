@@ -13,6 +13,7 @@ import soxr
 import torch
 from torch import nn
 
+from distil_whisper.containers import AudioError, whole
 from distil_whisper.errors import UserError
 
 ENCODER_STRIDE = 2  # log-mel frames to one position of Whisper's encoder
@@ -20,12 +21,9 @@ LOUDEST = 1e12  # samples; sound has 1, and the squares of a spectrum of much mo
 LOG_FLOOR, LOG_RANGE = 1e-10, 8.0  # smallest mel power, and how many powers of ten below the loudest are kept
 _BLOCK = 1 << 20  # samples read at once: a header may claim any length, what is there decides
 _UNKNOWN_LENGTH = 1 << 40  # a header that claims more frames than this does not know
+_SLACK_S = 0.1  # seconds of audio that a file may lack of those that its header claims: codecs pad
 
 Audio = bytes | str | Path | dict
-
-
-class AudioError(Exception):
-    """Audio that cannot be used; the message is the reason, in a few words."""
 
 
 def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
@@ -34,7 +32,7 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
     audio is the bytes of a file, a path, or what datasets calls an undecoded audio: {"bytes", "path"}; a decoded one,
     {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels.
     Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN, infinity, or
-    numbers that no sound has.
+    numbers that no sound has; and for a file that is cut short or damaged, as far as its container tells.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
         samples, rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
@@ -42,6 +40,9 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
     else:
         with _opened(audio) as file:
             samples, rate = _mono(file), file.samplerate
+            if file.claimed - len(samples) > _SLACK_S * rate:
+                found = f"{len(samples) / rate:.2f} of {file.claimed / rate:.2f} s can be read"
+                raise AudioError(f"cut short or damaged: {found}")
     peak = np.abs(samples).max(initial=0.0)
     if not np.isfinite(peak):
         raise AudioError("NaN or infinite samples")
@@ -160,7 +161,14 @@ def stack(waveforms: list[np.ndarray], window: Window, pinned: bool = False) -> 
 
 
 class _Forward(soundfile.SoundFile):
-    """A file read once, from its start: soundfile's seeking fails where a header has no length (FLAC from a pipe)."""
+    """A file read once, from its start: soundfile's seeking fails where a header has no length (FLAC from a pipe).
+
+    claimed: how many sample frames its container says that it has, 0 where that is not known.
+    """
+
+    def __init__(self, source: io.BytesIO | str, claimed: int | None):
+        super().__init__(source)
+        self.claimed = claimed or (self.frames if self.frames < _UNKNOWN_LENGTH else 0)
 
     def seekable(self) -> bool:
         return False
@@ -168,9 +176,9 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def _opened(audio: Audio) -> Iterator[soundfile.SoundFile]:
-    source = _file_of(audio)
+    source, claimed = whole(_file_of(audio))
     try:
-        file = _Forward(source)
+        file = _Forward(source, claimed)
     except soundfile.LibsndfileError as error:
         raise _unreadable(error) from error
     except TypeError as error:  # soundfile asks for the format of a name that ends in .raw

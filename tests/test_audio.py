@@ -1,6 +1,7 @@
 """Decoding of every kind of file, the window of a model, and log-mel equal to transformers'."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -129,11 +130,92 @@ def test_too_short_to_resample_is_no_audio():
         decode(encoded(np.full(1, 0.5, np.float32), 96_000), 8_000)
 
 
-def test_a_file_cut_short_gives_what_is_there():
-    audio = encoded(tone(RATE), RATE)
-    half = decode(audio[: len(audio) // 2], RATE)
-    assert 0.49 * SECONDS * RATE < len(half) < 0.5 * SECONDS * RATE
-    np.testing.assert_allclose(half, tone(RATE)[: len(half)], atol=1e-4)
+def mp3_frames(audio: bytes) -> bytes:
+    """An MP3 without the frame that says how many there are, as radio and pipes have it."""
+    mark = max(audio.find(b"Xing"), audio.find(b"Info"))
+    begin = audio.rfind(b"\xff", 0, mark)
+    return audio[audio.find(audio[begin : begin + 2], mark) :]
+
+
+SPEECH_S = 4.0
+COMPRESSED = {
+    "MP3 with a length": lambda: encoded(tone(RATE, SPEECH_S), RATE, "MP3"),
+    "MP3 without": lambda: mp3_frames(encoded(tone(RATE, SPEECH_S), RATE, "MP3")),
+    "MP3 of 44,100 Hz without": lambda: mp3_frames(encoded(tone(44_100, SPEECH_S), 44_100, "MP3")),
+    "Opus": lambda: encoded(tone(RATE, SPEECH_S), RATE, "OGG", "OPUS"),
+    "Vorbis": lambda: encoded(tone(RATE, SPEECH_S), RATE, "OGG", "VORBIS"),
+    "FLAC": lambda: encoded(tone(RATE, SPEECH_S), RATE, "FLAC"),
+}
+SIZED = {
+    "WAV": lambda: encoded(tone(RATE, SPEECH_S), RATE),
+    "WAV of 24 bits": lambda: encoded(tone(RATE, SPEECH_S), RATE, "WAV", "PCM_24"),
+    "WAV of 64-bit sizes": lambda: encoded(tone(RATE, SPEECH_S), RATE, "RF64"),
+    "AIFF": lambda: encoded(tone(RATE, SPEECH_S), RATE, "AIFF"),
+    "AU": lambda: encoded(tone(RATE, SPEECH_S), RATE, "AU"),
+}
+DAMAGES = {
+    "cut in half": lambda audio: audio[: len(audio) // 2],
+    "without its last fifth": lambda audio: audio[: len(audio) * 4 // 5],
+    "with a hole": lambda audio: audio[: len(audio) // 3] + audio[len(audio) // 3 + 1_003 :],
+    "with zeros": lambda audio: audio[: len(audio) // 3] + bytes(1_003) + audio[len(audio) // 3 + 1_003 :],
+    "with another end": lambda audio: audio[:-200] + bytes(100) + audio[-100:],
+    "ending in zeros": lambda audio: audio[: len(audio) // 2].ljust(len(audio), b"\0"),
+}
+HARMED = [(COMPRESSED[kind], harm) for kind in COMPRESSED for harm in DAMAGES if harm != "with another end"]
+HARMED += [(COMPRESSED[kind], "with another end") for kind in ("Opus", "Vorbis", "FLAC")]
+HARMED += [(SIZED[kind], harm) for kind in SIZED for harm in ("cut in half", "with a hole")]
+
+
+@pytest.mark.parametrize(("make", "harm"), HARMED)
+def test_a_file_that_is_damaged_or_cut_short_is_refused(make, harm, tmp_path):
+    """Bytes and files alike: what is left of it would be labelled as all of it."""
+    audio = make()
+    (tmp_path / "audio").write_bytes(DAMAGES[harm](audio))
+    assert abs(len(decode(audio, RATE)) - SPEECH_S * RATE) < 0.15 * RATE
+    for broken in (DAMAGES[harm](audio), str(tmp_path / "audio")):
+        with pytest.raises(AudioError, match=r"^(cut short|damaged|cut short or damaged|unreadable): "):
+            decode(broken, RATE)
+
+
+@pytest.mark.parametrize("format", ["MP3", "OGG"])
+def test_recordings_one_after_the_other_are_refused_where_one_would_be_read(format):
+    first, second = (encoded(tone(RATE, seconds), RATE, format) for seconds in (1, 2))
+    with pytest.raises(AudioError, match="several recordings one after the other"):
+        decode(first + second, RATE)
+    if format == "MP3":
+        joined = mp3_frames(first) + mp3_frames(second)
+        assert abs(len(decode(joined, RATE)) - 3 * RATE) < 0.3 * RATE
+
+
+def test_an_mp3_of_varying_bit_rate_without_a_length_is_read_to_its_end():
+    """libsndfile alone guesses its length from the first frames."""
+    quiet_first = np.concatenate([np.zeros(3 * RATE, np.float32), tone(RATE, SPEECH_S)])
+    buffer = io.BytesIO()
+    soundfile.write(buffer, quiet_first, RATE, format="MP3", bitrate_mode="VARIABLE", compression_level=0.2)
+    whole, audio = decode(buffer.getvalue(), RATE), mp3_frames(buffer.getvalue())
+    tags = b"ID3\x03\0\0\0\0\x01\0" + bytes(128), b"TAG" + bytes(125)
+    for unsized in (audio, tags[0] + audio + tags[1]):
+        samples = decode(unsized, RATE)
+        assert 0 <= len(samples) - len(whole) < 0.15 * RATE
+        loudness = [np.square(part[: 7 * RATE].reshape(14, -1)).mean(axis=1) for part in (samples, whole)]
+        np.testing.assert_allclose(*loudness, atol=5e-3)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+@pytest.mark.parametrize("of_file", [0, 36, 0xFFFFFFFF])
+def test_a_wav_whose_writer_did_not_know_its_length_is_read(size, of_file, tmp_path):
+    """As ffmpeg, sox, arecord and others write it into a pipe."""
+    audio = bytearray(encoded(tone(RATE), RATE))
+    audio[4:8], audio[40:44] = struct.pack("<I", of_file), struct.pack("<I", size)
+    (tmp_path / "piped.wav").write_bytes(audio)
+    for piped in (bytes(audio), str(tmp_path / "piped.wav")):
+        np.testing.assert_allclose(decode(piped, RATE), tone(RATE), atol=1e-4)
+
+
+def test_a_wav_without_samples_but_with_more_to_tell_has_none():
+    audio = encoded(np.zeros(0, np.float32), RATE) + b"LIST\x08\0\0\0INFOnote"
+    with pytest.raises(AudioError, match="zero samples"):
+        decode(audio, RATE)
 
 
 def test_a_header_without_the_length_is_no_obstacle():
