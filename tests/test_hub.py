@@ -1,9 +1,10 @@
 """Pushing and loading back, with the real client and scripts against a local server that speaks the Hub's protocol."""
 
 import json
+import os
 
 import pytest
-from conftest import launch, write_audio_dataset
+from conftest import ROOT, launch, write_audio_dataset
 from hub_server import READ_TOKEN, TOKEN, USER, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import disable_progress_bars
@@ -266,3 +267,14 @@ def test_names_of_this_machine_are_told_from_hub_ids(tmp_path, monkeypatch):
     assert public_name("openai/whisper-tiny") == "whisper-tiny"
     assert public_name(".") == tmp_path.name
     assert public_name("/gone/from/here") == "here"
+
+
+def test_what_a_shell_sets_does_not_change_the_tests(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import conftest\nfrom huggingface_hub import constants, get_token\n"
+        "print(constants.HF_HUB_OFFLINE, constants.ENDPOINT, get_token())\n"
+    )
+    shell = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path)}
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "scripts"))
+    assert launch(probe, env={**shell, "PYTHONPATH": paths}).stdout == "False https://huggingface.co None\n"
