@@ -8,8 +8,9 @@ wrong. Sound is 6 to 30 s long, as that of utterances; the teacher is a Whisper 
 large-v3 on a GPU, whose weights are made up: it writes --label_tokens tokens for a full window, and fewer for shorter
 sound. Its words hang on their places alone, so equal tokens prove little there: with --model_name_or_path and
 --dataset_name the comparison is of a real model on real speech. A second comparison is of clips of 6 s, which the
-engine packs. Every variant runs in processes of its own, in turn; ratios are medians of pairs. The figure called
-`speedup` is that of the engine's fastest way with a WER not above the reference's, which `speedup_is_of` names.
+engine packs. Every variant runs in processes of its own, in turn; ratios are medians of pairs, each to the reference
+in the same type. The figure called `speedup` is that of the engine's fastest variant with a WER not above its
+reference's, which `speedup_is_of` names.
 """
 
 import argparse
@@ -42,10 +43,11 @@ from distil_whisper.reading import open_source
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from talker import LEVELS, noise, save_talker, transcript
 
-OTHERS = ("engine_no_graphs",) if torch.cuda.is_available() else ("engine_bfloat16", "engine_bfloat16_drafts")
+BFLOAT16 = ("reference_bfloat16", "engine_bfloat16", "engine_bfloat16_drafts")
+OTHERS = ("engine_no_graphs",) if torch.cuda.is_available() else BFLOAT16
 VARIANTS = ("reference", "engine", "engine_drafts", *OTHERS, "ctranslate2")
-PACKED = ("engine_packed",) if torch.cuda.is_available() else ("engine_packed", "engine_packed_bfloat16")
-CLIPS = ("reference_clips", *PACKED)
+PACKED = ("engine_packed",) if torch.cuda.is_available() else ("engine_packed", "engine_bfloat16_packed")
+CLIPS = ("reference_clips", *(() if torch.cuda.is_available() else ("reference_bfloat16_clips",)), *PACKED)
 TOLD = ("en", "transcribe")
 
 
@@ -151,21 +153,26 @@ def error_rate(texts: list[str], tokens: list[list[int]], whisper: LoadedWhisper
     return 100 * jiwer.wer([rules(text) for text in texts], said)
 
 
+def reference_of(variant: str) -> str:
+    """The reference that a variant is compared with: of the same windows, in the same type."""
+    dtype, clips = ("_bfloat16" if "bfloat16" in variant else ""), ("_clips" if variant in PACKED else "")
+    return f"reference{dtype}{clips}"
+
+
 def summarise(args, runs: dict[str, list[dict]]) -> dict:
     """Medians, ratios of pairs, and how many tokens are the reference's."""
     median = {name: statistics.median(run["seconds"] for run in of) for name, of in runs.items()}
-    expected = runs["reference"][0]["tokens"]
 
-    def speedup(variant: str, reference: str = "reference") -> float:
-        """How many times as much audio a second."""
-        pairs = zip(runs[reference], runs[variant], strict=True)
+    def speedup(variant: str) -> float:
+        """How many times as much audio a second as the reference in the same type."""
+        pairs = zip(runs[reference_of(variant)], runs[variant], strict=True)
         return statistics.median(
             (other["audio"] / other["seconds"]) / (one["audio"] / one["seconds"]) for one, other in pairs
         )
 
     def agreement(variant: str) -> float:
         """Share of the reference's tokens that are at the same place."""
-        pairs = list(zip(expected, runs[variant][0]["tokens"], strict=True))
+        pairs = list(zip(runs[reference_of(variant)][0]["tokens"], runs[variant][0]["tokens"], strict=True))
         same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
         return same / max(sum(max(len(one), len(other)) for one, other in pairs), 1)
 
@@ -178,8 +185,11 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         return runs[variant][0]["wer"]
 
     ours = [name for name in runs if name.startswith("engine") and name not in PACKED]
-    right = [name for name in ours if None not in (one := wer("reference"), other := wer(name)) and other <= one]
-    best = max(right or ["engine"], key=speedup)
+    right = [
+        name for name in ours if None not in (pair := (wer(name), wer(reference_of(name)))) and pair[0] <= pair[1]
+    ]
+    best = min(right or ["engine"], key=median.get)
+    compared = [name for name in VARIANTS if name in runs and not name.startswith("reference")]
     return {
         "machine": machine(),
         "model": args.model_name_or_path or args.size,
@@ -192,9 +202,9 @@ def summarise(args, runs: dict[str, list[dict]]) -> dict:
         "speedup": speedup(best),
         "token_agreement": agreement(best),
         "speedup_is_of": best,
-        "speedups": {name: speedup(name) for name in VARIANTS[1:] if name in runs},
-        "token_agreements": {name: agreement(name) for name in VARIANTS[1:] if name in runs},
-        "speedups_packed": {name: speedup(name, "reference_clips") for name in PACKED if name in runs},
+        "speedups": {name: speedup(name) for name in compared},
+        "token_agreements": {name: agreement(name) for name in compared},
+        "speedups_packed": {name: speedup(name) for name in PACKED if name in runs},
         "wer": {name: wer(name) for name in runs},
         "parts": {name: of[0]["parts"] for name, of in runs.items()},
     }
@@ -210,9 +220,10 @@ def show(result: dict) -> None:
         parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"][name].items())
         print(f"{name:24}{row[0]:>10.1f}{row[1]:>10.1f}{row[2]:>9.2f}{wer:>8}   {parts}")
     for name, speedup in result["speedups"].items():
-        print(f"{name}: {speedup:.2f} times as fast, {result['token_agreements'][name]:.4f} of the tokens equal")
+        equal = f"{result['token_agreements'][name]:.4f} of the tokens equal"
+        print(f"{name}: {speedup:.2f} times as fast as {reference_of(name)}, {equal}")
     for name, speedup in result["speedups_packed"].items():
-        print(f"{name}: {speedup:.2f} times as fast as a window for each clip")
+        print(f"{name}: {speedup:.2f} times as fast as a window for each clip ({reference_of(name)})")
     print(f"speedup {result['speedup']:.2f}, of {result['speedup_is_of']}")
 
 
