@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, a quota, a limit of the size of files
+PATH_PROBLEMS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(Exception):
@@ -38,7 +39,9 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
     except Exception as error:
         if (sentence := _sentence(error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        # One line whatever a name holds: a newline or a terminal's escape sequence in it is a space.
+        line = "".join(character if character.isprintable() else " " for character in sentence.strip())
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -46,7 +49,7 @@ def _sentence(error: Exception) -> str | None:
     """What a user is told of an error that they can mend; None for one that they cannot."""
     if isinstance(error, UserError):
         # A DataLoader's worker sends its traceback along: the sentence comes after the last name of the class.
-        return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2].strip()
+        return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
     for cause in _causes(error):
         if isinstance(cause, torch.OutOfMemoryError):
             return (
@@ -55,6 +58,8 @@ def _sentence(error: Exception) -> str | None:
             )
         if (problem := _disk_problem(cause)) is not None:
             return f"{problem}; what is finished is kept: make room, and start the same command again"
+        if isinstance(cause, OSError) and cause.errno in PATH_PROBLEMS and cause.filename is not None:
+            return f"{str(cause.filename)[:200]} cannot be used: {os.strerror(cause.errno)}"
     return None
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +148,21 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_what_is_there(
     assert [file for file in files_of(tmp_path / "full") if "partial" in file] == []
     work(tmp_path / "full")
     assert files_of(tmp_path / "full").keys() == whole.keys()
+
+
+def test_a_path_that_cannot_be_used_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        exit_on_user_error(Path("x" * 5_000).read_bytes)
+    assert capsys.readouterr().err == f"error: {'x' * 200} cannot be used: File name too long\n"
+
+
+def test_a_name_with_newlines_and_escape_sequences_stays_in_its_line(capsys):
+    def fail():
+        raise UserError("there is no dataset a\nerror: b\x1b[31m")
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    assert capsys.readouterr().err == "error: there is no dataset a error: b [31m\n"
 
 
 def test_errors_of_ours_keep_their_traceback():
