@@ -26,7 +26,7 @@ from distil_whisper.arguments import MOST_BEAMS, DataFields, ModelFields, RunFie
 from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment, WaveformAugment
 from distil_whisper.caches import StateCaches, open_caches
-from distil_whisper.checkpoints import Checkpoints, TrainerState, student_weights
+from distil_whisper.checkpoints import Checkpoints, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
 from distil_whisper.engine import clip_gradients, is_sharded, training_accelerator
@@ -41,6 +41,7 @@ from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
 from distil_whisper.step_reports import StepReports
 from distil_whisper.trackers import METRICS_FILE, Trackers
+from distil_whisper.trainer_state import Evaluation, TrainerState
 from distil_whisper.training_sets import Mixture, open_training_sets, open_validation_sets
 from distil_whisper.validation import Validator
 
@@ -261,7 +262,10 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 
 def check_numbers(args: Arguments) -> None:
-    """Raise UserError for numbers that contradict each other."""
+    """Raise UserError for numbers that contradict each other, or another argument."""
+    if args.do_train and args.load_best_model_at_end and not (args.do_eval and args.save_best_total_limit):
+        needed = "--save_best_total_limit 1 or more" if args.do_eval else "--do_eval"
+        raise UserError(f"--load_best_model_at_end needs {needed}: else there is no best checkpoint")
     if args.max_steps == 0:
         raise UserError("--max_steps is 0; it must be 1 or more, or -1 for --num_train_epochs")
     for name in ("speed_perturbation", "noise_snr_db"):
@@ -376,8 +380,9 @@ def train(run: Training, max_steps: int) -> None:
                 log(run)
             if run.validator is not None and evaluates:
                 evaluate(run)
-            if saves or stopping:
+            if saves or stopping or state.step in state.best_steps()[: args.save_best_total_limit]:
                 save_checkpoint(run)
+            run.checkpoints.raise_failure()
             if stopping and not last:
                 run.checkpoints.finish()
                 say(run, f"stopped at step {state.step}; the same command goes on from there")
@@ -456,12 +461,8 @@ def evaluate(run: Training) -> None:
     for note in found.notes:
         say(run, note)
     say(run, f"step {run.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.values.items()))
-    figure = found.values.get("eval/wer", found.values.get("eval/loss"))
-    if figure is not None and run.args.do_train:
-        run.state.figures[run.state.step] = figure
-        run.state.evaluation = found.values
-        if run.state.step in run.state.best_steps(run.args.save_best_total_limit):
-            save_checkpoint(run)
+    measure = run.validator.measure(found, run.weights, run.args.teacher_model_name_or_path)
+    run.state.evaluations[run.state.step] = Evaluation(found.values, measure)
 
 
 def save_checkpoint(run: Training) -> None:
@@ -470,14 +471,15 @@ def save_checkpoint(run: Training) -> None:
     run.state.rows, run.state.skipped = run.meter.rows, run.meter.skipped
     run.state.bad_steps = run.reports.bad_steps
     run.state.scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
-    run.checkpoints.save(run.accelerator, run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
+    run.checkpoints.save(run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
 
 def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
     """Save the trained student with its card into the output folder, and push it."""
     args = run.args
+    step = run.state.step
     if args.load_best_model_at_end:
-        run.checkpoints.load_best(run.state, run.model)
+        step = run.checkpoints.load_best(run.state, run.model)
     weights = student_weights(run.model)
     if run.accelerator.is_main_process:
         card = hub.model_card(
@@ -488,9 +490,9 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
             arguments={**public_arguments(args), **folder.arguments()["arguments"]},
             datasets=[name for name in split_plus(args.train_dataset_name) if name],
             languages=[args.language] if args.language else [],
-            results=results(run),
+            results=results(run, step),
             facts={
-                "Optimizer steps": run.state.step,
+                "Optimizer steps": step,
                 "Parameters": f"{run.student.model.num_parameters():,}",
                 "Arguments that changed on the way": "; ".join(folder.arguments()["changed"]),
             },
@@ -517,9 +519,9 @@ def describe(args: Arguments) -> str:
     return "A Whisper student distilled from its teacher with cross-entropy and KL divergence (arXiv 2311.00430)."
 
 
-def results(run: Training) -> list[hub.Result]:
-    """The last validation as results of the card."""
-    figures = run.state.evaluation
+def results(run: Training, step: int) -> list[hub.Result]:
+    """The evaluation of a step as results of the card; none if there was none."""
+    figures = run.state.evaluations.get(step, Evaluation({})).values
     return [
         hub.Result(
             held_out.source.name,
@@ -550,7 +552,7 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     collator = Collator(student.window, student.grammar.end)
     validator = make_validator(args, student, accelerator, collator) if args.do_eval else None
     model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
-    checkpoints = Checkpoints(folder, args.save_total_limit, args.save_best_total_limit)
+    checkpoints = Checkpoints(folder, accelerator, args.save_total_limit, args.save_best_total_limit)
     meter = Meter(accelerator, weights)
     return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator, meter)
 
@@ -559,7 +561,7 @@ def go_on(run: Training, folder: OutputFolder, max_steps: int) -> None:
     """Make the schedule, and put back what the last checkpoint holds, if there is one."""
     args = run.args
     run.scheduler = get_scheduler(args.lr_scheduler_type, run.raw_optimizer, args.warmup_steps, max_steps)
-    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler, run.accelerator.print)
+    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler)
     if resumed is not None:
         run.state = resumed
         run.meter.go_on(resumed.metered, resumed.rows, resumed.skipped)

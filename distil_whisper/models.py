@@ -226,6 +226,11 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def not_finite(weights: dict[str, torch.Tensor]) -> str | None:
+    """The first of the weights, by its name, that holds NaN or infinity; None if none does."""
+    return next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+
+
 def write_whisper(path: Path, whisper: LoadedWhisper, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write a checkpoint into a folder, with the weights that are given, else those of the model."""
     if weights is not None and whisper.model.config.tie_word_embeddings:

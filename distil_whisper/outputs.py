@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import psutil
 from distil_whisper.errors import UserError
 
 RECORDS = ".distil_whisper"  # below the output folder: what each stage wrote, and the lock of a stage that runs
-_HALF = re.compile(r"\.(.+)\.\d+\.partial")  # see atomic_path
+_HALF = re.compile(r"\.(.+?)(\.removed)?\.\d+\.partial")  # see atomic_path and remove
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -184,15 +185,18 @@ def check_apart(output: str | Path, inputs: Iterable[str], below: str = "") -> N
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` for a file or folder to be written to; it takes the name when the block ends well."""
+    """A path beside `path` for a file or folder to be written to; it takes the name when the block ends well and all
+    of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.parent / f".{path.name}.{os.getpid()}.partial"
     remove(beside)
     try:
         yield beside
+        _sync(beside)
         if beside.is_dir():
             remove(path)
         os.replace(beside, path)
+        _sync_one(path.parent)
     finally:
         remove(beside)
 
@@ -204,11 +208,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there. A folder loses its name first: none is ever half there."""
     if path.is_dir() and not path.is_symlink():
+        if not _HALF.fullmatch(path.name):
+            path = path.rename(path.parent / f".{path.name}.removed.{time.time_ns()}.partial")
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    for inner in path.iterdir() if path.is_dir() else ():
+        _sync(inner)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _new_record() -> dict:

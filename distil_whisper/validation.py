@@ -1,7 +1,10 @@
 """Validation while training: the loss on held-out data and, with generation, its word error rate."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +32,12 @@ class ValidationSet:
     source: Source
     columns: LabelColumns
     normaliser: Normaliser
+
+    @cached_property
+    def identity(self) -> str:
+        """What its figures depend on beside the student: the data, and how references are read."""
+        contents = [self.source.contents(unit.index) for unit in self.source.units]
+        return repr((self.name, contents, self.columns, self.normaliser.name))
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,19 @@ class Validator:
                 result.values[f"eval/{figure}"] = sum(found) / len(found)
         model.train()
         return result
+
+    def measure(self, found: Validation, weights: LossWeights, teacher: str | None) -> dict[str, Any]:
+        """What the figure that tells the best student measures: its name, the sets that have it, and a digest of their
+        data and of the settings. Figures of the same measure can be compared."""
+        figure = next((name for name in ("eval/wer", "eval/loss") if name in found.values), "")
+        kind = figure.removeprefix("eval/")
+        sets = [held_out for held_out in self.sets if f"eval/{held_out.name}/{kind}" in found.values]
+        settings = (weights, teacher)
+        if self.decoder is not None and kind == "wer":
+            settings = (self.decoder.num_beams, self.decoder.max_label_length)
+        told = repr((settings, [held_out.identity for held_out in sets]))
+        digest = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+        return {"figure": figure, "sets": [held_out.name for held_out in sets], "settings": digest}
 
     def _measure(self, held_out, model, weights, result: Validation) -> None:
         loader = DataLoader(

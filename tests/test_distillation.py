@@ -11,6 +11,8 @@ from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, run, train_few, w
 from transformers import WhisperForConditionalGeneration
 
 import run_distillation
+from distil_whisper.checkpoints import Checkpoints
+from distil_whisper.errors import UserError
 from distil_whisper.normalisation import normaliser
 from distil_whisper.tokens import plain_text
 from distil_whisper.validation import Validation, Validator
@@ -210,7 +212,9 @@ def figures(monkeypatch):
     found = []
 
     def validator(self, model, weights):
-        return Validation({"eval/wer": found.pop(0)})
+        wer = found.pop(0)
+        test = {"eval/labelled/default/test/wer": wer, "eval/labelled/default/test/cer": 1.0}
+        return Validation({"eval/wer": wer, **test})
 
     monkeypatch.setattr(Validator, "__call__", validator)
     return found
@@ -224,6 +228,44 @@ def test_the_best_checkpoints_are_kept_and_saved(figures, student, labelled, tmp
     best, last = (weights(folder / name) for name in checkpoints(folder))
     assert all(torch.equal(tensor, best[name]) for name, tensor in weights(folder).items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in weights(folder).items())
+    card = (folder / "README.md").read_text()
+    assert "20.0" in card and "70.0" not in card and "Optimizer steps: 2" in card
+
+
+def test_a_step_that_is_both_best_and_due_is_written_once(figures, student, labelled, monkeypatch, tmp_path):
+    written, write = [], Checkpoints._write
+
+    def watched(self, student, weights, moments, stored):
+        written.append(stored.state.step)
+        write(self, student, weights, moments, stored)
+
+    monkeypatch.setattr(Checkpoints, "_write", watched)
+    figures += [50.0, 40.0, 60.0, 30.0]
+    train_few(student, labelled, tmp_path / "out", *SFT, *EVALUATE, "--eval_steps", 1, "--save_steps", 2)
+    assert written == [1, 2, 4]
+
+
+def test_figures_that_measure_something_else_are_not_ranked_together(figures, student, labelled, tmp_path):
+    """The WER by one normaliser says nothing of that by another."""
+    figures += [5.0, 6.0, 30.0, 20.0, 40.0]
+    flags = [*SFT, "--do_eval", "--save_steps", 2, "--save_total_limit", 1, "--load_best_model_at_end"]
+    flags += ["--eval_split_name", "test", "--eval_steps", 1]
+    folder = train_few(student, labelled, tmp_path, *flags, "--max_steps", 2)
+    assert checkpoints(folder) == ["checkpoint-1", "checkpoint-2"]
+    flags += ["--normalizer", "basic", "--max_steps", 5]
+    train_few(student, labelled, folder, *flags)
+    assert checkpoints(folder) == ["checkpoint-4", "checkpoint-5"]
+    assert all(torch.equal(t, weights(folder)[name]) for name, t in weights(folder / "checkpoint-4").items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [(["--do_eval", "--save_best_total_limit", "0"], "--save_best_total_limit 1"), ([], "--do_eval")],
+)
+def test_the_best_cannot_be_saved_where_none_is_kept(flags, needed):
+    given = ["--model_name_or_path", "a", "--train_dataset_name", "b", "--output_dir", "c", "--do_train", *SFT]
+    with pytest.raises(UserError, match=f"--load_best_model_at_end needs {needed}"):
+        run_distillation.parse_args([str(flag) for flag in [*given, "--load_best_model_at_end", *flags]])
 
 
 def test_without_load_best_the_last_model_is_saved(figures, student, labelled, tmp_path):
