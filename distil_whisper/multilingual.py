@@ -42,7 +42,7 @@ SPELLINGS = {  # of one letter, for which keyboards or encodings have several
     "yi": {"װ": "וו", "ױ": "וי", "ײ": "יי"},
 }
 DOTLESS = {"az", "tr"}  # languages in which I is the capital of ı, and İ that of i
-APOSTROPHE = regex.compile("['’‘‛ʼʻʹʾʿ′`´׳＇]")
+APOSTROPHE = regex.compile("['’‘‛ʼʻʹʾʿ′`׳]")
 # It parts words, as in Whisper's own ("l'été"), but between two letters: in the first of these languages it is a
 # letter itself, and in the others (geresh and gershayim) it marks an abbreviation or a foreign sound, and goes.
 LETTER_APOSTROPHE = {"be", "br", "ha", "haw", "sn", "so", "sw", "uk", "uz"}
@@ -63,8 +63,8 @@ class MultilingualNormaliser:
     def __call__(self, text: str) -> str:
         text = _replace(EMOJI.sub(" ", text), JOINED_LETTERS)
         text = BRACKETED.sub("", UNREAD.sub("", text))
-        text = unicodedata.normalize("NFKC", APOSTROPHE.sub("'", text))
-        text = self._letters(self._lower(text))
+        text = unicodedata.normalize("NFKC", text.replace("´", "'"))  # of which NFKC makes a space
+        text = self._letters(self._lower(APOSTROPHE.sub("'", text)))
         text = SYMBOLS.sub(" ", self._apostrophes(text))
         return " ".join(characters(text)) if self.split_letters else text
 

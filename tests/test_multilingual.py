@@ -71,7 +71,7 @@ NON_JOINER, JOINER, SOFT_HYPHEN, NARROW, MARK = "\u200c", "\u200d", "\u00ad", "\
         ("de", ["Straße", "straße", "STRAẞE", f"Stra{SOFT_HYPHEN}ße"], "straße"),
         ("el", ["ΟΔΟΣ", "οδος", "Οδοσ"], "οδοσ"),
         ("el", ["ΠΩΣ'ΝΑΙ", "πως’ναι"], "πωσ ναι"),
-        ("uk", ["п'ять", "п’ять", "пʼять", "П'ЯТЬ", "п`ять"], "пʼять"),
+        ("uk", ["п'ять", "п’ять", "пʼять", "П'ЯТЬ", "п`ять", "п´ять", "п＇ять"], "пʼять"),
         ("uk", ["'так'", "«так»", "так"], "так"),
         ("be", ["сям’я", "сям'я"], "сямʼя"),
         ("uz", ["Oʻzbek", "O'zbek", "O‘zbek", "o’zbek"], "oʼzbek"),
@@ -148,3 +148,9 @@ def test_what_nobody_sees_changes_nothing(language, data):
 def test_words_are_parted_by_single_spaces(text, language):
     found = normaliser("multilingual", language, None)(text)
     assert found == " ".join(found.split())
+
+
+@given(text=st.text(max_size=30), language=st.sampled_from([None, "tr", "ar", "he", "uk", "fa", "yi", "ml"]))
+def test_a_normalised_text_is_normal(text, language):
+    rules = normaliser("multilingual", language, None)
+    assert rules(rules(text)) == rules(text)
