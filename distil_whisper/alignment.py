@@ -56,14 +56,41 @@ def utterance_errors(
     return [Errors(count, len(part)) for count, part in zip(counts, words, strict=True)]
 
 
-def word_owners(references: list[list[str]], hypothesis: list[str]) -> list[int]:
-    """Which of the utterances each word of a transcript belongs to, by the alignment that counts its errors."""
-    owner_of = _owners(references)
-    owners = [0] * len(hypothesis)
-    for code in Levenshtein.opcodes([word for part in references for word in part], hypothesis):
-        for offset, place in enumerate(range(code.dest_start, code.dest_end)):
-            owners[place] = owner_of(code.src_start - 1 if code.tag == "insert" else code.src_start + offset)
-    return owners
+@dataclass(frozen=True)
+class WordOwners:
+    """Whose each word of a window's transcript may be, by all least-cost alignments with its utterances' words.
+
+    claimed [utterances, words]: some alignment gives the word to the utterance: it matches or replaces one of its
+    words, or stands between two of them. between [words]: some alignment inserts the word between two utterances, so
+    that it may be of either. matched [words]: every alignment matches the word with an equal one.
+    """
+
+    claimed: np.ndarray
+    between: np.ndarray
+    matched: np.ndarray
+
+
+def word_owners(references: list[list[str]], hypothesis: list[str]) -> WordOwners:
+    """The owners of a transcript's words; every utterance must have a word.
+
+    An edge of the alignment lies on a path of least cost where the costs before it, of it and after it make the least
+    cost, so two tables of costs, from either end, tell of all paths at once.
+    """
+    numbers: dict[str, int] = {}
+    reference, spoken = (
+        np.array([numbers.setdefault(word, len(numbers)) for word in words], int)
+        for words in ([word for part in references for word in part], hypothesis)
+    )
+    equal = reference[:, None] == spoken
+    before, after = _costs(equal), _costs(equal[::-1, ::-1])[::-1, ::-1]
+    least = before[-1, -1]
+    aligned = before[:-1, :-1] + ~equal + after[1:, 1:] == least
+    inserted = before[:, :-1] + 1 + after[:, 1:] == least  # by the place among the reference words
+    firsts = np.cumsum([0, *(len(part) for part in references[:-1])])
+    between, within = inserted[firsts[1:]].any(0), inserted.copy()
+    within[firsts[1:]] = False
+    claimed = np.logical_or.reduceat(aligned, firsts) | np.logical_or.reduceat(within, firsts)
+    return WordOwners(claimed, between, ~(aligned & ~equal).any(0) & ~inserted.any(0))
 
 
 def worst(errors: list[Errors]) -> Errors:
@@ -86,3 +113,15 @@ def _owners(parts: list[list[str]]) -> Callable[[int], int]:
     """From the place of a word among the words of all parts to its part."""
     ends = np.cumsum([len(part) for part in parts])
     return lambda place: min(int(np.searchsorted(ends, max(place, 0), side="right")), len(parts) - 1)
+
+
+def _costs(equal: np.ndarray) -> np.ndarray:
+    """The edit distance of each beginning of the reference from each beginning of the hypothesis, [one more, one more]
+    than equal [reference words, hypothesis words], which says what matches."""
+    places = np.arange(equal.shape[1] + 1)
+    costs = [places]
+    for matches in equal:
+        best = costs[-1] + 1
+        best[1:] = np.minimum(best[1:], costs[-1][:-1] + ~matches)
+        costs.append(np.minimum.accumulate(best - places) + places)
+    return np.array(costs)

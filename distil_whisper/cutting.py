@@ -1,42 +1,96 @@
 """Utterances that the teacher got wrong, cut out of packed windows: audio, text and times."""
 
-import re
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import numpy as np
+import regex
 
-from distil_whisper.alignment import word_owners
+from distil_whisper.alignment import Errors, WordOwners, count_errors, word_errors, word_owners, worst
 from distil_whisper.normalisation import Normaliser
-from distil_whisper.tokens import TIMESTAMP_MARK
+from distil_whisper.tokens import TIME_PRECISION, TIMESTAMP_MARK
 
 REMOVED = "removed_spans"  # a key of rows that were cut: [start, end] in seconds of what their audio loses
-_PARTS = ("utterance_ids", "utterance_starts", "utterance_texts", "utterance_wer")
+# How far a segment may reach into a neighbour's audio, in seconds and as a share of its length: timestamps are rough,
+# and often stand somewhere in the silence where two recordings meet. benchmarks/cutting.py shows what it does.
+COLLAR, COLLAR_SHARE = 0.3, 0.25
+ANCHOR = 2  # words at either side of a border that must be as the transcripts say, where the text alone is to tell it
+_PARTS = ("utterance_ids", "utterance_starts", "utterance_texts")
+_INF = float("inf")
+# Spaces and opening quotation marks go with what comes after them, combining marks with their letter.
+_OPENING = r"\s*(?:[\p{Ps}\p{Pi}]\s*)*(?!\s)"
+_WORD, _LETTER = regex.compile(_OPENING + r"\S+"), regex.compile(_OPENING + r"\X\p{M}*")
 
 
-def cut_utterances(row: dict, bad: set[int], normaliser: Normaliser) -> dict | None:
-    """A row of a packed window without some of its utterances; None where that cannot be done with certainty.
+@dataclass(frozen=True)
+class Segment:
+    """What is said from start to end (seconds; the end may be inf), and its words as they are normalised.
 
-    Words go with the utterance that the alignment gives them to, and timestamps behind a removed utterance move. It
-    cannot be done where normalisation joins words of the transcript, where a segment holds words that stay and words
-    that go, and where nothing would stay.
+    timed: the times stand in the transcript; a text without timestamps is one segment of the whole window.
     """
-    texts, starts = row["utterance_texts"], row["utterance_starts"]
-    if len(bad) == len(texts) or any(text is None for text in texts):
+
+    text: str
+    words: list[str]
+    start: float
+    end: float
+    timed: bool = True
+
+    def utterances(self, starts: list[float], collar: float = COLLAR) -> slice:
+        """The utterances whose audio it lies in, but for so many seconds."""
+        collar = min(collar, COLLAR_SHARE * (self.end - self.start))
+        middle = (self.start + self.end) / 2
+        found = [
+            part
+            for part, (start, end) in enumerate(pairwise([*starts, _INF]))
+            if min(self.end, end) - max(self.start, start) > collar or start <= middle < end
+        ]
+        return slice(found[0], found[-1] + 1)
+
+    def split(self, count: int, time: float, normaliser: Normaliser) -> list["Segment"]:
+        """The first so many words, up to a time, and the others; itself where normalisation joins words of the two."""
+        heads = ["", *accumulate((_LETTER if normaliser.spaceless else _WORD).findall(self.text))]
+        head = heads[bisect_right(heads, count, key=lambda text: len(normaliser(text).split())) - 1]
+        tail = self.text[len(head) :]
+        words = [normaliser(text).split() for text in (head, tail)]
+        if words != [self.words[:count], self.words[count:]]:
+            return [self]
+        first, second = replace(self, end=time), replace(self, start=time)
+        return [replace(first, text=head, words=words[0]), replace(second, text=tail, words=words[1])]
+
+    def written(self) -> str:
+        """Its part of a transcript."""
+        return f"{_mark(self.start)}{self.text}{_mark(self.end)}" if self.timed else self.text
+
+
+def cut_utterances(
+    row: dict, threshold: float, normaliser: Normaliser, units: Callable[[str], list[str]] = str.split
+) -> dict | None:
+    """A row of a packed window without the utterances that have more errors than a threshold, in percent of units.
+
+    The row itself where none has more. None where it cannot be done with certainty: where an utterance's transcript
+    has no words, timestamps do not rise, a segment lies in audio that stays and in audio that goes, alignments of
+    least cost differ in whether a word stays or goes, or nothing stays. A segment across a border of utterances is
+    split where the text alone tells the border; without timestamps all of the text is one such segment.
+    """
+    starts = row["utterance_starts"]
+    references = [normaliser(text or "").split() for text in row["utterance_texts"]]
+    segments = _segments(row["whisper_transcript"] or "", normaliser)
+    if not all(references) or not segments or not _rise(segments):
         return None
-    pieces = _pieces(row["whisper_transcript"], normaliser.spaceless)
-    owners = _owners_of_pieces(pieces, texts, normaliser)
-    if owners is None:
+    owners = word_owners(references, _words(segments))
+    segments = _split(segments, _borders(owners), starts, normaliser)
+    owner = _owner_of_each_word(segments, owners, starts)
+    if owner is None:
         return None
-    ends = [*starts[1:], float("inf")]
-    spans = [[starts[part], ends[part]] for part in sorted(bad)]
-    transcript = _without(pieces, [owner in bad for owner in owners], _mover(spans))
-    if transcript is None:
-        return None
-    kept = [part for part in range(len(texts)) if part not in bad]
-    parts = {name: [row[name][part] for part in kept] for name in _PARTS if row.get(name)}
-    parts["utterance_starts"] = [_mover(spans)(start) for start in parts["utterance_starts"]]
-    figures = dict.fromkeys(("wer", "errors", "reference_words"))
-    return {**row, **parts, **figures, "whisper_transcript": transcript, "whisper_token_ids": None, REMOVED: spans}
+    words = np.array(_words(segments), object)
+    pairs = [(" ".join(told), " ".join(words[owner == part])) for part, told in enumerate(references)]
+    bad = np.array([count_errors(units(told), units(said)).rate > threshold for told, said in pairs])
+    if not bad.any():
+        return row
+    kept = _kept(segments, bad, owners, owner, starts)
+    return kept and _without(row, bad, kept, pairs, normaliser.name)
 
 
 def cut_samples(samples: np.ndarray, spans: list[list[float]] | None, sampling_rate: int) -> np.ndarray:
@@ -47,62 +101,139 @@ def cut_samples(samples: np.ndarray, spans: list[list[float]] | None, sampling_r
     return samples
 
 
-def _pieces(transcript: str, spaceless: bool) -> list[str | float]:
-    """Words (characters, where no spaces are written) with the space before them, and times in seconds, in order."""
-    pieces: list[str | float] = []
-    for position, part in enumerate(TIMESTAMP_MARK.split(transcript)):
-        pieces += [float(part)] if position % 2 else re.findall(r"\s*\S" if spaceless else r"\s*\S+", part)
-    return pieces
+def _segments(transcript: str, normaliser: Normaliser) -> list[Segment]:
+    """The segments of a transcript; none where one has no beginning. A last one may have no end, and no words yet."""
+    before, *parts = TIMESTAMP_MARK.split(transcript)  # text, seconds, text, seconds, ..., text
+    if not parts:
+        return [Segment(before, normaliser(before).split(), 0.0, _INF, timed=False)]
+    if before.strip():
+        return []
+    texts, times = parts[1::2], [*map(float, parts[::2]), _INF]
+    opened = not texts[-1].strip() and not "".join(texts[-2:-1]).strip()
+    return [
+        Segment(text, normaliser(text).split(), start, end)
+        for text, (start, end) in zip(texts, pairwise(times), strict=True)
+        if text.strip() or (end == _INF and opened)
+    ]
 
 
-def _owners_of_pieces(pieces: list[str | float], texts: list[str], normaliser: Normaliser) -> list[int | None] | None:
-    """The utterance of each word, None for times; None altogether where words cannot be told apart."""
-    counts = [0 if isinstance(piece, float) else len(normaliser(piece).split()) for piece in pieces]
-    apart = [word for piece in pieces if isinstance(piece, str) for word in normaliser(piece).split()]
-    together = normaliser("".join(piece if isinstance(piece, str) else " " for piece in pieces)).split()
-    if apart != together:
+def _words(segments: list[Segment]) -> list[str]:
+    return [word for segment in segments for word in segment.words]
+
+
+def _rise(segments: list[Segment]) -> bool:
+    """Whether every segment takes time and none begins before another ends."""
+    return all(segment.start < segment.end for segment in segments) and all(
+        segment.end <= following.start for segment, following in pairwise(segments)
+    )
+
+
+def _borders(owners: WordOwners) -> dict[int, int]:
+    """Where the text alone tells the border after an utterance: the number of words before it.
+
+    It does where the words at either side equal those of the transcripts in every alignment of least cost, and stand
+    side by side. An utterance of which nothing was heard has both of its borders there.
+    """
+    utterances, words = owners.claimed.shape
+    known = owners.matched & (owners.claimed.sum(0) == 1)
+    owner = [0, *owners.claimed.argmax(0).tolist(), utterances - 1]
+    borders: dict[int, int] = {}
+    for place in range(words + 1):
+        if known[max(place - ANCHOR, 0) : place + ANCHOR].all():
+            borders |= dict.fromkeys(range(owner[place], owner[place + 1]), place)
+    return borders
+
+
+def _split(
+    segments: list[Segment], borders: dict[int, int], starts: list[float], normaliser: Normaliser
+) -> list[Segment]:
+    """Segments split at the borders that they hold, in words and in time."""
+    result, first = [], 0
+    for segment in segments:
+        for border, place in sorted(borders.items()):
+            count, time = place - first, starts[border + 1]
+            within = 0 < count < len(segment.words) if segment.timed else True
+            if within and segment.start < time < segment.end:
+                *head, segment = segment.split(count, time, normaliser)
+                first += sum(len(part.words) for part in head)
+                result += head
+        result.append(segment)
+        first += len(segment.words)
+    return result
+
+
+def _owner_of_each_word(segments: list[Segment], owners: WordOwners, starts: list[float]) -> np.ndarray | None:
+    """The utterance of each word, by the times of its segment, else by the alignments; None where they do not tell."""
+    owner = np.where((owners.claimed.sum(0) == 1) & ~owners.between, owners.claimed.argmax(0), -1)
+    first = 0
+    for segment in segments:
+        mine, last = segment.utterances(starts), first + len(segment.words)
+        if mine.stop - mine.start == 1:
+            owner[first:last] = mine.start
+        elif not ((owner[first:last] >= mine.start) & (owner[first:last] < mine.stop)).all():
+            return None
+        first = last
+    return owner
+
+
+def _kept(
+    segments: list[Segment], bad: np.ndarray, owners: WordOwners, owner: np.ndarray, starts: list[float]
+) -> list[Segment] | None:
+    """The segments that stay; None where that is in doubt, or none does."""
+    if (owners.claimed & (bad[:, None] != bad[owner])).any():
         return None
-    owners_of_words = word_owners([normaliser(text).split() for text in texts], apart)
-    owners: list[int | None] = []
-    begin, latest = 0, 0
-    for piece, count in zip(pieces, counts, strict=True):
-        mine = set(owners_of_words[begin : begin + count]) or {latest}
-        if len(mine) > 1:
+    kept, first = [], 0
+    for segment in segments:
+        mine, last = segment.utterances(starts), first + len(segment.words)
+        claimed = owners.claimed[mine, first:last].any(0)
+        if not claimed.all():  # the times alone say whose such a word is, so they must be clear
+            mine = segment.utterances(starts, TIME_PRECISION)
+        if last > first and not claimed.any():
+            mine = slice(max(mine.start - 1, 0), mine.stop + 1)
+        if bad[mine].any() and not bad[mine].all():
             return None
-        begin, latest = begin + count, next(iter(mine))
-        owners.append(None if isinstance(piece, float) else latest)
-    return owners
+        kept += [] if bad[mine].any() else [segment]
+        first = last
+    return kept if _words(kept) else None
 
 
-def _without(pieces: list[str | float], goes: list[bool], move: Callable[[float], float]) -> str | None:
-    """The transcript of what stays; None if nothing does, or if of a segment (between two times) only a part does."""
-    transcript = ""
-    for start, words, end in _segments(list(zip(pieces, goes, strict=True))):
-        marked = start is not None or end is not None
-        if marked and len({gone for _, gone in words}) > 1:
-            return None
-        staying = "".join(word for word, gone in words if not gone)
-        if staying or (not words and end is None):  # a last segment may have nothing but its beginning
-            transcript += f"{_mark(start, move)}{staying}{_mark(end, move)}"
-    return transcript or None
+def _without(
+    row: dict, bad: np.ndarray, segments: list[Segment], pairs: list[tuple[str, str]], normaliser: str
+) -> dict | None:
+    """The row of what stays; None where its timestamps would not rise."""
+    starts = row["utterance_starts"]
+    spans = [[start, end] for (start, end), goes in zip(pairwise([*starts, _INF]), bad, strict=True) if goes]
+    move, stay = _mover(spans), np.flatnonzero(~bad)
+    moved = [
+        replace(segment, start=_on_grid(move(segment.start)), end=_on_grid(move(segment.end))) for segment in segments
+    ]
+    if not _rise(moved):
+        return None
+    errors = [word_errors(*pairs[part]) for part in stay]
+    whole, duration = sum(errors, Errors(0, 0)), row.get("duration")
+    return {
+        **row,
+        **{name: [row[name][part] for part in stay] for name in _PARTS if row.get(name)},
+        "utterance_starts": [move(starts[part]) for part in stay],
+        "utterance_wer": [pair.rate for pair in errors],
+        "wer": worst(errors).rate,
+        "errors": whole.errors,
+        "reference_words": whole.reference_words,
+        "normalizer": normaliser,
+        "duration": duration and move(duration),
+        "whisper_transcript": "".join(segment.written() for segment in moved),
+        "whisper_token_ids": None,
+        REMOVED: spans,
+    }
 
 
-def _segments(pieces: list[tuple[str | float, bool]]) -> Iterator[tuple[float | None, list, float | None]]:
-    """(start, words, end); times are None where none was written."""
-    start, words = None, []
-    for piece, gone in pieces:
-        if isinstance(piece, str):
-            words.append((piece, gone))
-        elif words:
-            yield start, words, piece
-            start, words = None, []
-        else:
-            start = piece
-    yield start, words, None
+def _on_grid(seconds: float) -> float:
+    """The nearest time that a timestamp token has."""
+    return seconds if seconds == _INF else round(seconds / TIME_PRECISION) * TIME_PRECISION
 
 
-def _mark(seconds: float | None, move: Callable[[float], float]) -> str:
-    return "" if seconds is None else f"<|{round(move(seconds) / 0.02) * 0.02:.2f}|>"
+def _mark(seconds: float) -> str:
+    return "" if seconds == _INF else f"<|{seconds:.2f}|>"
 
 
 def _mover(spans: list[list[float]]) -> Callable[[float], float]:

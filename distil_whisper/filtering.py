@@ -81,7 +81,18 @@ class RowFilter:
 
     def __call__(self, row: dict) -> str:
         """How it is kept (see is_kept), or the reason in words that the table shows. A label that cannot be read is
-        for training to skip: what is broken counts for --max_skipped, what is unwanted does not."""
+        for training to skip: what is broken counts for --max_skipped, what is unwanted does not. What is left of a row
+        that utterances are cut out of passes the same filters again."""
+        against = self.objection(row)
+        if against is not None or not self.columns.pseudo:
+            return against or KEPT
+        cut = self._cut(row)
+        if cut is row:
+            return self.unchecked(row) or KEPT
+        return self._above if cut is None or self._is_above(cut) else self.objection(cut) or CUT
+
+    def objection(self, row: dict) -> str | None:
+        """Why a row is left out whatever its transcript says (or UNREADABLE), None if nothing speaks against it."""
         settings = self.settings
         if (row.get("duration") or 0.0) > settings.window_seconds:
             return "audio longer than the window"
@@ -101,13 +112,11 @@ class RowFilter:
             return "label longer than --max_label_length"
         if self.labeller.frame(row, self.columns, target) is None:
             return "label longer than the decoder's positions"
-        against = self.columns.pseudo and (self.doubt(row) or self.disagreement(row) or self.unchecked(row))
-        return against or KEPT
+        return self.doubt(row) if self.columns.pseudo else None
 
     def trimmed(self, row: dict) -> dict:
         """A row that is kept, without the utterances that are to be cut out of it."""
-        cut = self._without_bad_utterances(row) if self.columns.pseudo and self._is_above(row) else None
-        return row if cut is None else cut
+        return (self._cut(row) or row) if self.columns.pseudo else row
 
     def doubt(self, row: dict) -> str | None:
         """Which of the teacher's own figures speaks against a row, None if none does."""
@@ -159,14 +168,6 @@ class RowFilter:
             return ngram_repeats(characters(text) if spaceless else text.split())
         return row.get(name)
 
-    def disagreement(self, row: dict) -> str | None:
-        """Whether the transcript speaks against a row (the reason), or against some of its utterances (CUT)."""
-        if not self._is_above(row):
-            return None
-        if self._without_bad_utterances(row) is not None:
-            return CUT
-        return self._above
-
     def error_rates(self, row: dict) -> list[float]:
         """WER (or CER) of the pseudo-label in percent, of each utterance of a packed window. Empty without a
         transcript, and for a translation, whose transcript is in another language."""
@@ -175,9 +176,9 @@ class RowFilter:
         if self._is_counted(row):
             return row.get("utterance_wer") or [row["wer"]]
         normaliser = self.normaliser(row)
-        units = normaliser.characters if self.settings.by_characters else str.split
         spoken = plain_text(row["whisper_transcript"] or "")
-        return [pair.rate for pair in utterance_errors(self._texts(row), spoken, normaliser, units)]
+        pairs = utterance_errors(self._texts(row), spoken, normaliser, self._units(normaliser))
+        return [pair.rate for pair in pairs]
 
     def is_comparable(self, row: dict) -> bool:
         """Whether a row has error rates."""
@@ -202,12 +203,17 @@ class RowFilter:
         threshold = self.settings.wer_threshold
         return threshold is not None and any(rate > threshold for rate in self.error_rates(row))
 
-    def _without_bad_utterances(self, row: dict) -> dict | None:
+    def _cut(self, row: dict) -> dict | None:
+        """A row without its utterances above the threshold: itself if none is, None if it is left out whole."""
+        if not self._is_above(row):
+            return row
         if not self.settings.cut_utterances or len(row.get("utterance_texts") or []) < 2:
             return None
-        rates = self.error_rates(row)
-        bad = {part for part, rate in enumerate(rates) if rate > self.settings.wer_threshold}
-        return cut_utterances(row, bad, self.normaliser(row))
+        normaliser = self.normaliser(row)
+        return cut_utterances(row, self.settings.wer_threshold, normaliser, self._units(normaliser))
+
+    def _units(self, normaliser: Normaliser) -> Callable[[str], list[str]]:
+        return normaliser.characters if self.settings.by_characters else str.split
 
 
 def ngram_repeats(words: list[str], size: int = NGRAM) -> int:

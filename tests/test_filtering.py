@@ -257,18 +257,72 @@ def test_the_table_says_what_became_of_each_dataset():
     ]
 
 
+PARTS, BEGINS = ["one two three four", "nine nine"], [0.0, 2.0]
+PACKED = row_of(
+    "<|0.00|> one two three four<|1.80|><|2.20|> five six<|3.00|>",
+    " ".join(PARTS),
+    utterance_texts=PARTS,
+    utterance_starts=BEGINS,
+    duration=3.5,
+)
+
+
 def test_a_bad_utterance_is_cut_out_and_counted_apart(make_filter):
-    parts = ["one two three four", "nine nine"]
-    row = row_of(" one two three four five six", " ".join(parts), utterance_texts=parts, utterance_starts=[0.0, 2.0])
     cut = make_filter(wer_threshold=40.0, cut_utterances=True)
-    assert cut(row) == CUT
-    assert cut.trimmed(row)["whisper_transcript"] == " one two three four"
-    lost = {**row, "whisper_transcript": " six"}
+    assert cut(PACKED) == CUT
+    assert cut.trimmed(PACKED)["whisper_transcript"] == "<|0.00|> one two three four<|1.80|>"
+    lost = {**PACKED, "whisper_transcript": " six"}
     assert cut(lost) == ABOVE and cut.trimmed(lost) is lost  # nothing of it is right
-    fine = {**row, "whisper_transcript": " one two three four nine nine"}
+    fine = {**PACKED, "whisper_transcript": " one two three four nine nine"}
     assert cut(fine) == KEPT and cut.trimmed(fine) is fine
+    assert make_filter(wer_threshold=40.0)(PACKED) == ABOVE
     assert table([("a", Counter({KEPT: 1, CUT: 2, ABOVE: 3}))]).startswith("a: 3 of 6 rows kept")
     assert table([("a", Counter({KEPT: 1, UNCHECKED: 2, ABOVE: 3}))]).startswith("a: 3 of 6 rows kept")
+
+
+DENSE = "<|0.00|> one two three four<|1.80|><|2.20|> five six one two six five<|3.40|>"
+LOOPING = {
+    "utterance_texts": [" ".join(["one"] * 12), "nine nine"],
+    "whisper_transcript": f"<|0.00|>{' one' * 12}<|1.80|><|2.20|> five six two nine four seven<|3.40|>",
+}
+
+
+@pytest.mark.parametrize(
+    "reason, settings, values",
+    [
+        (CUT, {"max_chars_per_second": 9.0}, {}),  # 27 in 3.5 s, 18 in the 2 s that are left
+        ("chars_per_second above --max_chars_per_second", {"max_chars_per_second": 8.0}, {}),
+        (
+            "chars_per_second below --min_chars_per_second",
+            {"min_chars_per_second": 9.5},
+            {"whisper_transcript": DENSE},
+        ),
+        (LOOPS, {"max_compression_ratio": 2.4}, LOOPING),
+    ],
+)
+def test_what_is_left_of_a_cut_row_passes_the_filters_again(make_filter, reason, settings, values):
+    row = {**PACKED, **values}
+    assert make_filter(**settings)(row) == KEPT
+    assert make_filter(wer_threshold=40.0, cut_utterances=True, **settings)(row) == reason
+
+
+def test_which_utterances_are_cut_out_goes_by_the_rule_that_cuts(make_filter):
+    """Labelling counts words that were inserted between two utterances for the one before."""
+    parts, marked = ["one two", "three four"], "<|0.00|> one two<|1.80|><|2.20|> nine nine three four<|3.00|>"
+    stored = {"wer": 100.0, "utterance_wer": [100.0, 0.0], "normalizer": "multilingual"}
+    row = row_of(marked, " ".join(parts), utterance_texts=parts, utterance_starts=BEGINS, **stored)
+    cut = make_filter(wer_threshold=40.0, cut_utterances=True)
+    assert cut(row) == CUT and cut.trimmed(row)["whisper_transcript"] == "<|0.00|> one two<|1.80|>"
+    longer = ["one two", "three four five six seven"]  # two words of five are not above it
+    row |= {"utterance_texts": longer, "whisper_transcript": marked.replace("four", "four five six seven")}
+    assert cut(row) == KEPT and cut.trimmed(row) is row
+
+
+def test_utterances_are_cut_out_by_characters(make_filter):
+    by_characters = make_filter(wer_threshold=40.0, cut_utterances=True, by_characters=True)
+    assert by_characters(PACKED) == CUT  # 7 of 9 characters
+    close = {**PACKED, "whisper_transcript": PACKED["whisper_transcript"].replace("five six", "nine nin")}
+    assert by_characters(close) == KEPT
 
 
 def test_a_label_that_cannot_be_read_is_left_to_training_to_skip(make_filter):
