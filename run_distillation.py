@@ -136,7 +136,10 @@ class Arguments(ModelFields, DataFields, RunFields):
         0.1, "Share of the samples that are given the previous text.", at_least=0, at_most=1
     )
     shuffle_buffer_size: int = option(
-        1000, "Rows that are held to be shuffled in streaming mode, by all processes together.", at_least=1
+        1000,
+        "Rows that all processes together hold to shuffle them in streaming mode, if that is more than a block of up "
+        "to 100 rows for each row of a step.",
+        at_least=1,
     )
 
     do_train: bool = option(False, "Train.")

@@ -4,7 +4,9 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch.distributed
 from accelerate import (
@@ -13,13 +15,16 @@ from accelerate import (
     DistributedType,
     GradScalerKwargs,
     InitProcessGroupKwargs,
+    PartialState,
 )
+from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
 
 from distil_whisper.errors import UserError
 from distil_whisper.trackers import project_configuration, resolve_report_to
 
 FIRST_SCALE = 2.0**12  # of float16's gradients; torch's 2**16 loses the first steps, which are skipped until it fits
+Found = TypeVar("Found")
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -106,3 +111,17 @@ def check_engine(accelerator: Accelerator) -> None:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each process holds only a part of the student's weights."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def found_by_main_process(find: Callable[[], Found]) -> Found:
+    """What the main process finds, or the UserError that it raises, on every process."""
+    outcome: list = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome = [find()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]

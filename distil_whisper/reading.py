@@ -8,7 +8,8 @@ import itertools
 import multiprocessing
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import multiprocess
@@ -33,9 +34,11 @@ from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.audiofolder.audiofolder import AudioFolder
 from datasets.packaged_modules.cache.cache import Cache
 from datasets.packaged_modules.parquet.parquet import Parquet
+from datasets.table import cast_table_to_features
 from fsspec.core import url_to_fs
 from httpx2 import HTTPError, TransportError
 
+from distil_whisper import row_groups
 from distil_whisper.errors import UserError, nearest
 from distil_whisper.manifests import (
     MANIFEST_SUFFIXES,
@@ -47,6 +50,7 @@ from distil_whisper.manifests import (
 
 _ROWS_AT_ONCE = 16  # rows taken from a file together; each is unpacked on its own, recordings may be long
 _ROWS_OF_PARQUET = 100  # that `datasets` reads at once; by default as many as the first row group has, also if none
+_FILES_AT_ONCE = 32  # of which the rows are counted
 _PARQUET = ".parquet"
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 _UNREACHABLE = (ConnectionError, TransportError)
@@ -72,10 +76,20 @@ class Source:
 
     label names the source in row ids and messages, without a path of this machine. features describes the rows;
     num_rows and a unit's rows are None where only reading tells. dataset is the whole as a map-style dataset, or
-    None if streaming. Can be pickled.
+    None if streaming. parquet_files are the units of a streamed source of Parquet. Can be pickled.
     """
 
-    def __init__(self, name, config, split, audio_column, data: Dataset | IterableDataset, units, streaming: bool):
+    def __init__(
+        self,
+        name,
+        config,
+        split,
+        audio_column,
+        data: Dataset | IterableDataset,
+        units,
+        streaming: bool,
+        parquet_files: list[str] | None = None,
+    ):
         self.name: str = name
         self.config: str = config
         self.split: str = split
@@ -85,6 +99,7 @@ class Source:
         self.label = f"{_basename(name)}/{config}/{split}"
         self.features: Features = data.features
         self._data = data
+        self._parquet_files = parquet_files
         self._starts = list(itertools.accumulate((unit.rows or 0 for unit in units), initial=0))
 
     @property
@@ -116,6 +131,24 @@ class Source:
         except _UNREADABLE as error:
             name = self.units[unit_index].file or f"unit {unit_index}"
             raise UserError(f"{name} of {self.label} cannot be read: {_reason(error)}") from error
+
+    def count_rows(self) -> list[int | None]:
+        """How many rows each unit has; for streamed Parquet the ends of all files are read.
+
+        Raises UserError for a file that cannot be.
+        """
+        if self._parquet_files is None:
+            return [unit.rows for unit in self.units]
+        try:
+            with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+                return list(pool.map(row_groups.count_rows, self._parquet_files))
+        except _UNREADABLE as error:
+            raise UserError(f"the rows of {self.label} cannot be counted: {_reason(error)}") from error
+
+    def take_counts(self, rows: list[int | None]) -> None:
+        """Take what `count_rows` found, here or in another process: units are then read from any row on at once."""
+        self.units = [replace(unit, rows=count) for unit, count in zip(self.units, rows, strict=True)]
+        self._starts = list(itertools.accumulate((count or 0 for count in rows), initial=0))
 
     def contents(self, unit_index: int) -> str | None:
         """What tells whether a unit is the one that it was: its file's name and size, or a digest of its rows without
@@ -166,6 +199,11 @@ class Source:
             for begin in range(first, last, _ROWS_AT_ONCE):
                 yield data[begin : min(begin + _ROWS_AT_ONCE, last)]
             return
+        if self._parquet_files is not None and self.units[unit_index].rows is not None:
+            features = Features({name: self.features[name] for name in columns})
+            for table in row_groups.tables(self._parquet_files[unit_index], columns, start, _ROWS_AT_ONCE):
+                yield cast_table_to_features(table, features)
+            return
         shard = self._data.shard(num_shards=len(self.units), index=unit_index).select_columns(columns)
         # Not iter(shard): in a DataLoader's worker that would take only the worker's share of the unit.
         for table in shard.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE):
@@ -193,6 +231,7 @@ def open_source(
     A unit is an input file where `datasets` reads the files, else rows_per_unit rows (as for a slice, train[:100]).
     Raises UserError for a source, config, split or audio column that is not there, naming the nearest one.
     """
+    parquet_files = None
     local = None if _is_url(name) else _open_local(name, split, audio_column, exact)
     if local is not None:
         data, lengths, config, files = _sliced(local, split), None, "default", []
@@ -207,11 +246,14 @@ def open_source(
         else:
             data, lengths = _prepared(builder, split, num_proc)
         files = [] if "[" in split else _files(builder, split)
+        if isinstance(data, IterableDataset) and isinstance(builder, Parquet):
+            parquet_files = [str(file) for file in builder.config.data_files[split]]
     if audio_column not in data.features:
         found = nearest(audio_column, data.features)
         raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
     data = _undecoded(data, audio_column)
-    return Source(name, config, split, audio_column, data, _units(data, lengths, rows_per_unit, files), streaming)
+    units = _units(data, lengths, rows_per_unit, files)
+    return Source(name, config, split, audio_column, data, units, streaming, parquet_files)
 
 
 def require_columns(source: Source, **columns: str | None) -> None:

@@ -1,8 +1,11 @@
-"""Streamed training data: files read side by side, shared among processes and workers, from any point on.
+"""Streamed training data: read at many places side by side, shared among processes and workers, from any point on.
 
-A global batch is drawn from lanes, so many rows from each. A lane reads a share of the files, and the lanes are dealt
-to processes and workers: which rows make a batch depends on the seed and on the size of the global batch, not on who
-reads. What a lane has read is a few numbers, from which a resumed run goes on.
+A global batch is drawn from lanes, and the lanes are dealt to processes and workers: which rows make a batch depends
+on the seed and on the size of a step, not on who reads. Where the rows of files are counted (of Parquet their ends
+tell), each row of an optimizer step comes from a lane of its own, and a lane reads blocks of rows all over the data in
+a random order: rows of a step are neighbours in the source about as often as in a full shuffle. Other files can only
+be read from their beginning: a lane reads a share of them, and gives some rows to each batch. What a lane has read is
+a few numbers, from which a resumed run goes on.
 """
 
 from collections import Counter
@@ -20,8 +23,10 @@ from distil_whisper.examples import Batch, Collator, ExampleMaker, joined
 from distil_whisper.filtering import counted, is_kept
 from distil_whisper.mixing import Share, TrainingSet, workers
 
-LANES = 16  # of a small batch, at most
-ROWS_OF_A_LANE = 8  # in a large batch
+LANES = 16  # of a small batch of uncounted files, at most
+ROWS_OF_A_LANE, FILES_OF_A_LANE = 8, 5  # in a large batch of them; with many files a lane gives fewer rows
+ROWS_OF_A_BLOCK = 100  # at most, which is a row group of the files that labelling writes
+BYTES_OF_A_LANE = 8 << 20  # of encoded audio that it holds for all datasets, or a row of each if that is more
 
 
 @dataclass(frozen=True)
@@ -58,67 +63,98 @@ class Mixed:
     row: dict
 
 
-def lanes_of(batch: int) -> int:
-    """How many lanes a global batch of so many rows is drawn from: a divisor of it."""
-    most = min(batch, max(LANES, batch // ROWS_OF_A_LANE))
+def lanes_of(batch: int, files: int) -> int:
+    """How many lanes a global batch of so many rows of uncounted files is drawn from: a divisor of it."""
+    most = min(batch, max(LANES, batch // ROWS_OF_A_LANE, files // FILES_OF_A_LANE))
     return max(number for number in range(1, most + 1) if batch % number == 0)
 
 
 class StreamMixture:
-    """Streamed datasets and how they are mixed: by weight (None: equally), block_size rows held to be shuffled by all
-    lanes together, global batches of `batch` rows."""
+    """Streamed datasets and how they are mixed: by weight (None: equally), in global batches of `batch` rows, of which
+    so many are accumulated to a step. Lanes hold buffer_size rows to be shuffled, or a block each if that is more."""
 
-    def __init__(self, sets: list[TrainingSet], weights: list[float] | None, seed: int, block_size: int, batch: int):
+    def __init__(
+        self,
+        sets: list[TrainingSet],
+        weights: list[float] | None,
+        seed: int,
+        buffer_size: int,
+        batch: int,
+        accumulated: int = 1,
+    ):
         self.sets = sets
         self.chances = np.asarray(weights or [1.0] * len(sets), float) / sum(weights or [1.0] * len(sets))
         self.seed = seed
-        self.lanes = lanes_of(batch)
-        self.rows_of_lane = batch // self.lanes
-        self.block_sizes = [max(1, int(block_size * chance / self.lanes)) for chance in self.chances]
+        self.batch = batch
+        self.block_size = min(buffer_size, ROWS_OF_A_BLOCK)
+        self.turns = 1  # batches that have lanes of their own, before the lanes of the first are drawn from again
+        if all(is_counted(one) for one in sets):
+            self.lanes_of_batch = batch
+            self.turns = max(accumulated, -(-buffer_size // (batch * self.block_size)))
+        else:
+            self.lanes_of_batch = lanes_of(batch, min(len(one.source.units) for one in sets))
+            self.block_size = max(1, buffer_size // self.lanes_of_batch)
+        self.lanes = self.lanes_of_batch * self.turns
+        self.rows_of_lane = batch // self.lanes_of_batch
+        self.blocks = [self._blocks_of(one) if is_counted(one) else None for one in sets]
 
     def chosen(self, lane: int, batch: int) -> list[int]:
         """The datasets of a lane's rows of a batch, by their numbers."""
         draw = np.random.default_rng([self.seed, lane, batch])
         return draw.choice(len(self.sets), size=self.rows_of_lane, p=self.chances).tolist()
 
-    def share(self, dataset: int, lane: int, epoch: int) -> list[Segment]:
-        """A lane's part of an epoch of a dataset, whose files are in an order of that epoch's own.
+    def lanes_of_turns(self, places: list[int]) -> list[list[int]]:
+        """The lanes at some places of a batch, for each of the batches that have lanes of their own."""
+        return [[turn * self.lanes_of_batch + place for place in places] for turn in range(self.turns)]
 
-        Where it is known how many rows a file has, all shares are of the same size, and a file may lie across two of
-        them. Else a share is so many files, or of fewer files than lanes every so many rows of each.
+    def share(self, dataset: int, lane: int, epoch: int) -> list[Segment]:
+        """A lane's part of an epoch of a dataset, whose blocks or files are in an order of that epoch's own.
+
+        Of blocks all shares have as many rows, and a block may lie across two of them. Else a share is so many files,
+        or of fewer files than lanes every so many rows of each.
         """
-        units = self.sets[dataset].source.units
-        order = np.random.default_rng([self.seed, dataset, epoch]).permutation(len(units))
+        blocks, draw = self.blocks[dataset], np.random.default_rng([self.seed, dataset, epoch])
         place = (lane + epoch) % self.lanes  # no lane keeps to a part of the data
-        if all(unit.rows is not None for unit in units):
-            return self._share_of_rows([(int(unit), units[unit].rows) for unit in order], place)
-        split = self.lanes if len(units) < self.lanes else 1
+        if blocks is not None:
+            return self._share_of_blocks(draw.permutation(blocks), place)
+        order = draw.permutation(len(self.sets[dataset].source.units))
+        split = self.lanes if len(order) < self.lanes else 1
         parts = [Segment(int(unit), first, None, split) for unit in order for first in range(split)]
         return parts[place :: self.lanes]
 
-    def _share_of_rows(self, files: list[tuple[int, int]], place: int) -> list[Segment]:
-        total = sum(rows for _, rows in files)
+    def _share_of_blocks(self, blocks: np.ndarray, place: int) -> list[Segment]:
+        ends = np.cumsum(blocks[:, 2] - blocks[:, 1])
+        total = int(ends[-1]) if len(ends) else 0
         first, last = (total * (place + more) // self.lanes for more in (0, 1))
-        segments, begin = [], 0
-        for unit, rows in files:
-            start, stop = max(first - begin, 0), min(last - begin, rows)
-            if start < stop:
-                segments.append(Segment(unit, start, stop))
-            begin += rows
+        mine = slice(np.searchsorted(ends, first, "right"), np.searchsorted(ends, last, "left") + 1)
+        segments = []
+        for (unit, start, stop), end in zip(blocks[mine].tolist(), ends[mine].tolist(), strict=True):
+            segment = Segment(unit, max(start, stop - (end - first)), min(stop, stop - (end - last)))
+            segments += [segment] if segment.start < segment.stop else []
         return segments
 
-    def resumed(self, kept: dict | None, say) -> Places:
-        """The places that a checkpoint holds (what `to_keep` gave). With other batches or blocks than its run had they
-        mean nothing, and a new pass over the data comes next."""
+    def _blocks_of(self, training_set: TrainingSet) -> np.ndarray:
+        """The blocks [n, 3] of a dataset whose rows are counted: file, first row and the row after the last."""
+        parts = [np.zeros((0, 3), int)]
+        for unit in training_set.source.units:
+            starts = np.arange(0, unit.rows, self.block_size)
+            stops = np.minimum(starts + self.block_size, unit.rows)
+            parts.append(np.stack([np.full(len(starts), unit.index), starts, stops], 1))
+        return np.concatenate(parts)
+
+    def resumed(self, kept: dict | None, samples: int, say) -> Places:
+        """The places that a checkpoint holds (what `to_keep` gave) after so many samples. With other lanes or blocks
+        than its run had they mean nothing, and a new pass over the data comes next."""
         if not kept:
             return {}
         places = {
             int(lane): {int(dataset): Place(**place) for dataset, place in of_lane.items()}
             for lane, of_lane in kept["places"].items()
         }
-        if (kept["lanes"], kept["block_sizes"]) == (self.lanes, self.block_sizes):
+        same = (kept["lanes"], kept.get("block_size")) == (self.lanes, self.block_size)
+        if same and samples % self.batch == 0:
             return places
-        say("the global batch or the shuffling buffer has another size than before: a new pass over the data begins")
+        say("the step or the shuffling buffer has another size than before: a new pass over the data begins")
         begun = [place.epoch for of_lane in places.values() for place in of_lane.values()]
         fresh = {dataset: Place(max(begun, default=-1) + 1) for dataset in range(len(self.sets))}
         return {lane: fresh for lane in range(self.lanes)}
@@ -126,7 +162,7 @@ class StreamMixture:
     def to_keep(self, places: Places) -> dict:
         """Places of all lanes as JSON can hold them."""
         kept = {lane: {d: asdict(place) for d, place in of_lane.items()} for lane, of_lane in places.items()}
-        return {"lanes": self.lanes, "block_sizes": self.block_sizes, "places": kept}
+        return {"lanes": self.lanes, "block_size": self.block_size, "places": kept}
 
 
 class Lane:
@@ -170,19 +206,38 @@ class Lane:
     def _blocks(self, dataset: int, of: Segment, first: int | None) -> Iterator[tuple[int, list[tuple[int, dict]]]]:
         """Blocks of the usable rows of a segment with their numbers in the file, and the row that begins each block;
         from a row on, if one is given."""
-        training_set, block = self.mixture.sets[dataset], []
-        start = begin = of.start if first is None else first
-        rows = training_set.source.rows(of.unit, None, start, of.step)
-        rows = rows if of.stop is None else islice(rows, max(of.stop - start, 0))
-        for order, row in enumerate(rows):
-            number = start + order * of.step
+        source, numbered = self.mixture.sets[dataset].source, None
+        begin = of.start if first is None else first
+        while of.stop is None or begin < of.stop:
+            if numbered is None:
+                rows = source.rows(of.unit, None, begin, of.step)
+                numbers = count(begin, of.step) if of.stop is None else range(begin, of.stop, of.step)
+                numbered = zip(numbers, rows, strict=False)
+            block, last = self._block(dataset, numbered)
+            if self.mixture.blocks[dataset] is not None:  # a reader has rows to come ready, too: it is not kept
+                rows.close()
+                numbered = None
+            if block:
+                yield begin, block
+            if last is None:
+                return
+            begin = last + of.step
+
+    def _block(self, dataset: int, rows: Iterator[tuple[int, dict]]) -> tuple[list[tuple[int, dict]], int | None]:
+        """The next usable rows, as many as a block may hold, and the number of the last; None after the end."""
+        training_set, block, held = self.mixture.sets[dataset], [], 0
+        for number, row in rows:
             if is_kept(training_set.row_filter(row)):
                 block.append((number, training_set.row_filter.trimmed(row)))
-            if len(block) == self.mixture.block_sizes[dataset]:
-                yield begin, block
-                begin, block = number + of.step, []
-        if block:
-            yield begin, block
+                held += len((row.get(training_set.source.audio_column) or {}).get("bytes") or b"")
+            if len(block) == self.mixture.block_size or held * len(self.mixture.sets) >= BYTES_OF_A_LANE:
+                return block, number
+        return block, None
+
+
+def is_counted(training_set: TrainingSet) -> bool:
+    """Whether it is known how many rows each file of a dataset has, so that they can be read from any row on."""
+    return all(unit.rows is not None for unit in training_set.source.units)
 
 
 def require_rows(training_set: TrainingSet) -> None:
@@ -220,15 +275,16 @@ class StreamParts(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Batch, Places]]:
         worker = get_worker_info()
-        mine = np.array_split(list(self.shares), worker.num_workers)[worker.id] if worker else list(self.shares)
-        lanes = [Lane(self.mixture, int(number), self.places.get(int(number))) for number in mine]
+        mine = np.array_split(list(self.shares), worker.num_workers)[worker.id].tolist() if worker else [*self.shares]
+        turns = self.mixture.lanes_of_turns(mine)
+        lanes = [[Lane(self.mixture, number, self.places.get(number)) for number in turn] for turn in turns]
         for batch in count(self.start):
-            examples = []
-            for lane in lanes:
-                for of in islice(lane.take(batch), *self.shares[lane.number]):
+            examples, turn = [], lanes[batch % self.mixture.turns]
+            for place, lane in zip(mine, turn, strict=True):
+                for of in islice(lane.take(batch), *self.shares[place]):
                     columns = self.mixture.sets[of.dataset].columns
                     examples.append(self.maker(of.row, columns, of.row_id, of.epoch))
-            yield self.collator(examples), {lane.number: dict(lane.places) for lane in lanes}
+            yield self.collator(examples), {lane.number: dict(lane.places) for lane in turn}
 
 
 class StreamBatches:
@@ -236,7 +292,8 @@ class StreamBatches:
     the last batch that was taken. With workers, a thread has the next batch ready."""
 
     def __init__(self, parts: StreamParts, num_workers: int, padding: int):
-        self.places: Places = {}
+        own = {lane for turn in parts.mixture.lanes_of_turns([*parts.shares]) for lane in turn}
+        self.places: Places = {lane: places for lane, places in parts.places.items() if lane in own}
         self._padding = padding
         self._workers = min(num_workers, len(parts.shares))  # more would have no lane
         loading = {**workers(self._workers), "pin_memory": False}  # the joined batch is what goes to the GPU
@@ -266,7 +323,7 @@ class StreamBatches:
 
 
 def shares_of_lanes(mixture: StreamMixture, share: Share) -> dict[int, tuple[int, int]]:
-    """The lanes that a process reads, and from where to where it takes their rows of a batch."""
+    """The lanes of a batch that a process reads, and from where to where it takes their rows of it."""
     first, last = (share.batch_size * (share.rank + more) for more in (0, 1))
     size = mixture.rows_of_lane
     return {

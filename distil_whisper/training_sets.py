@@ -9,6 +9,7 @@ from itertools import chain, islice
 
 from accelerate.utils import gather_object
 
+from distil_whisper.engine import found_by_main_process
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import (
@@ -211,7 +212,7 @@ def open_validation_sets(args, student: LoadedWhisper) -> list[ValidationSet]:
 class Mixture:
     """The training datasets together: how long an epoch of them is, and their batches from any point on.
 
-    position is where training stands in their order: the samples that were taken, of streams the batches.
+    position is where training stands in their order: the samples that were taken.
     """
 
     def __init__(self, args, sets: list[TrainingSet], maker: ExampleMaker, collator: Collator, share: Share):
@@ -237,7 +238,8 @@ class Mixture:
         arguments that the run had until then. With other batches than its own it goes on all the same."""
         batches = step * before["gradient_accumulation_steps"]
         if self.args.streaming:
-            self.position, self._places = kept.get("batches", batches), self._stream_mixture.resumed(kept, say)
+            self.position = kept.get("samples", batches * self._stream_mixture.batch)
+            self._places = self._stream_mixture.resumed(kept, self.position, say)
             return
         if "samples" not in kept:
             kept = self._of_earlier_version(batches, before, say)
@@ -270,12 +272,13 @@ class Mixture:
 
     def _streamed_batches(self, say: Callable[[str], None]) -> Iterator[Batch]:
         workers = self.args.dataloader_num_workers
-        parts = StreamParts(self._stream_mixture, self.maker, self.collator, self.share, self.position, self._places)
+        mixture, number = self._stream_mixture, self.position // self._stream_mixture.batch
+        parts = StreamParts(mixture, self.maker, self.collator, self.share, number, self._places)
         if workers > len(parts.shares):
             say(f"of --dataloader_num_workers {workers}, a batch of this size keeps {len(parts.shares)} busy")
         self._streamed = StreamBatches(parts, workers, self.collator.padding)
         for batch in self._streamed:
-            self.position += 1
+            self.position += self.share.batch_size * self.share.processes
             yield batch
 
     def _map_batches(self) -> Iterator[Batch]:
@@ -294,7 +297,7 @@ class Mixture:
         places: Places = {}
         for of_process in gather_object([self._streamed.places]):
             places |= of_process
-        return {"batches": self.position, **self._stream_mixture.to_keep(places)}
+        return {"samples": self.position, **self._stream_mixture.to_keep(places)}
 
     @property
     def _sizes(self) -> MapBatches:
@@ -303,8 +306,11 @@ class Mixture:
 
     @cached_property
     def _stream_mixture(self) -> StreamMixture:
+        for training_set in self.sets:
+            training_set.source.take_counts(found_by_main_process(training_set.source.count_rows))
         args, size = self.args, self.share.batch_size * self.share.processes
-        return StreamMixture(self.sets, self.weights, args.seed, args.shuffle_buffer_size, size)
+        accumulated = args.gradient_accumulation_steps
+        return StreamMixture(self.sets, self.weights, args.seed, args.shuffle_buffer_size, size, accumulated)
 
 
 def sampling_weights(args, sets: list[TrainingSet]) -> list[float] | None:

@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mixtures import ROWS, SEED, identity
 
-from distil_whisper import streams
+from distil_whisper import row_groups, streams
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Collator, joined
 from distil_whisper.mixing import MapExamples, Share, TrainingSet
@@ -23,8 +25,10 @@ BLOCK = 12  # rows that are shuffled together, over all lanes
 def mixture(make_sets):
     """A streamed mixture with global batches of so many rows, and its ExampleMaker."""
 
-    def make(batch=4, weights=None, block_size=BLOCK, names=tuple(ROWS), **filters):
+    def make(batch=4, weights=None, block_size=BLOCK, names=tuple(ROWS), counted=True, **filters):
         sets, maker = make_sets(True, names, **filters)
+        for training_set in sets if counted else []:
+            training_set.source.take_counts(training_set.source.count_rows())
         return StreamMixture(sets, weights, SEED, block_size, batch), maker
 
     return make
@@ -33,7 +37,9 @@ def mixture(make_sets):
 def of_lanes(mixture, batches, start=0, places=None):
     """The rows of whole batches, and the lanes that gave them."""
     lanes = [Lane(mixture, number, (places or {}).get(number)) for number in range(mixture.lanes)]
-    rows = [[row for lane in lanes for row in lane.take(batch)] for batch in range(start, start + batches)]
+    turns = [[lanes[number] for number in turn] for turn in mixture.lanes_of_turns([*range(mixture.lanes_of_batch)])]
+    numbers = range(start, start + batches)
+    rows = [[row for lane in turns[number % mixture.turns] for row in lane.take(number)] for number in numbers]
     return rows, {lane.number: lane.places for lane in lanes}
 
 
@@ -42,10 +48,21 @@ def names(rows):
 
 
 @pytest.mark.parametrize(
-    ("batch", "lanes"), [(1, 1), (4, 4), (7, 7), (24, 12), (48, 16), (64, 16), (100, 10), (512, 64), (4096, 512)]
+    ("batch", "files", "lanes"),
+    [(1, 1, 1), (4, 9, 4), (7, 9, 7), (24, 9, 12), (64, 9, 16), (100, 9, 10), (512, 9, 64), (512, 1500, 256)],
 )
-def test_a_batch_is_drawn_from_lanes_that_divide_it(batch, lanes):
-    assert lanes_of(batch) == lanes
+def test_a_batch_of_uncounted_files_is_drawn_from_lanes_that_divide_it(batch, files, lanes):
+    assert lanes_of(batch, files) == lanes
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulated", "buffer_size", "lanes"),
+    [(4, 1, 1000, 12), (4, 16, 1000, 64), (512, 1, 1000, 512), (4, 1, 8, 4)],
+)
+def test_each_row_of_a_step_comes_from_a_lane_of_its_own(batch, accumulated, buffer_size, lanes):
+    sets = [TrainingSet(Files([1000] * 3, True), None, Everything())]
+    of = StreamMixture(sets, None, SEED, buffer_size, batch, accumulated)
+    assert of.lanes == lanes and of.rows_of_lane == 1
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 6])
@@ -86,7 +103,7 @@ def test_a_resumed_stream_goes_on_with_the_next_batch(mixture, batch, start):
     unbroken, _ = of_lanes(of, 40)
     _, places = of_lanes(of, start)
     kept = json.loads(json.dumps(of.to_keep(places)))
-    resumed, _ = of_lanes(of, 40 - start, start, of.resumed(kept, pytest.fail))
+    resumed, _ = of_lanes(of, 40 - start, start, of.resumed(kept, start * batch, pytest.fail))
     assert names(resumed) == names(unbroken)[start:]
 
 
@@ -108,10 +125,10 @@ def test_with_another_batch_or_buffer_a_new_pass_begins(mixture):
     for batch, block_size in ((6, BLOCK), (2, 3 * BLOCK)):
         said = []
         other, _ = mixture(batch, names=["first"], block_size=block_size)
-        later, _ = of_lanes(other, 1, 17, other.resumed(of.to_keep(places), said.append))
+        later, _ = of_lanes(other, 1, 17, other.resumed(of.to_keep(places), 17 * 2, said.append))
         assert len(said) == 1 and "another size" in said[0]
         assert min(row.epoch for row in later[0]) == last + 1
-        assert other.resumed(None, said.append) == other.resumed({}, said.append) == {}
+        assert other.resumed(None, 0, said.append) == other.resumed({}, 0, said.append) == {}
 
 
 class Files:
@@ -161,6 +178,52 @@ def test_files_of_any_sizes_are_seen_evenly(sizes, counted, batch):
     drawn = Counter(row.row["text"] for of_batch in rows for row in of_batch)
     assert len(drawn) >= 0.97 * sum(sizes) - batch
     assert max(drawn.values()) <= 2
+
+
+def neighbours(batches):
+    """The share of pairs of a batch's rows, as (file, row), that are of one file and fewer than 1,000 rows apart."""
+    found, pairs = 0, 0
+    for files, rows in (np.array(batch).T for batch in batches):
+        near = (files[:, None] == files) & (abs(rows[:, None] - rows) < 1000)
+        found, pairs = found + near.sum() - len(rows), pairs + len(rows) * (len(rows) - 1)
+    return found / pairs
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "batch", "accumulated", "weights"),
+    [
+        (100, 1_000, 512, 1, None),
+        (100, 10_000, 512, 1, None),
+        (1000, 2_000, 512, 1, None),
+        (300, 5_000, 32, 1, None),
+        (100, 10_000, 8, 16, None),
+        (100, 2_000, 512, 1, [0.9, 0.1]),
+    ],
+)
+def test_rows_of_a_step_are_neighbours_as_in_a_full_shuffle(files, size, batch, accumulated, weights):
+    """At most twice as often, for any number of files, batches and accumulated ones, and in a set of small weight."""
+    sets = [TrainingSet(Files([size] * files, True), None, Everything()) for _ in weights or [1]]
+    of = StreamMixture(sets, weights, SEED, 1000, batch, accumulated)
+    numbers = 12_000 // batch // accumulated * accumulated
+    rows = [[r.row["text"] for r in part if r.dataset == len(sets) - 1] for part in of_lanes(of, numbers)[0]]
+    steps = [list(chain(*rows[begin : begin + accumulated])) for begin in range(0, numbers, accumulated)]
+    draw = np.random.default_rng(0)
+    shuffled = [np.stack([draw.integers(files, size=512), draw.integers(size, size=512)], 1) for _ in range(100)]
+    assert neighbours(steps) < 2 * neighbours(shuffled)
+
+
+def test_memory_is_bounded_in_bytes(mixture, monkeypatch):
+    """A lane holds rows up to a number of bytes, or one, and the order of a lane's files and blocks is whole."""
+    monkeypatch.setattr(streams, "BYTES_OF_A_LANE", 60_000)
+    of, _ = mixture(4, names=["first"])
+    blocks, take = [], Lane._block
+    monkeypatch.setattr(Lane, "_block", lambda *given: blocks.append(take(*given)) or blocks[-1])
+    rows = [row for part in names(of_lanes(of, 20)[0]) for row in part]
+    held = [sum(len(row["audio"]["bytes"]) for _, row in block) for block, _ in blocks]
+    assert max(held) > 60_000 and all(
+        sum(len(row["audio"]["bytes"]) for _, row in block[:-1]) < 60_000 for block, _ in blocks
+    )
+    assert len({row_id for _, epoch, row_id in rows if epoch == 0}) == 10
 
 
 def parts_of(make, share, workers, monkeypatch, start=0, places=None):
@@ -294,12 +357,28 @@ class OnlyRow:
         return "kept" if row["text"] == self.only[0] and (audio is None or audio["bytes"] == self.only[1]) else "left"
 
 
-def test_every_other_row_of_a_unit(make_sets, monkeypatch):
+@pytest.mark.parametrize("kind", ["map", "streamed", "counted"])
+def test_every_other_row_of_a_unit(make_sets, monkeypatch, kind):
     monkeypatch.setattr("distil_whisper.reading._ROWS_AT_ONCE", 3)  # so that a unit is read in several tables
-    for streaming in (False, True):
-        (source, *_), _ = make_sets(streaming)
-        whole = [row["text"] for row in source.source.rows(0)]
-        assert len(whole) == 4
-        for start, step in np.ndindex(4, 5):
-            found = [row["text"] for row in source.source.rows(0, None, start, step + 1)]
-            assert found == whole[start :: step + 1]
+    (training_set, *_), _ = make_sets(kind != "map")
+    source, whole = training_set.source, [*make_sets(False)[0][0].source.rows(0)]
+    assert len(whole) == 4
+    if kind == "counted":
+        assert [unit.rows for unit in source.units] == [None] * 3
+        source.take_counts(source.count_rows())
+        assert [unit.rows for unit in source.units] == [4, 4, 3] and source.num_rows == 11
+    for start, step in np.ndindex(4, 5):
+        assert [*source.rows(0, None, start, step + 1)] == whole[start :: step + 1]
+    assert [*source.rows(0, ["text"], 1)] == [{"text": row["text"]} for row in whole[1:]]
+
+
+def test_a_row_group_before_the_rows_is_not_read(tmp_path, monkeypatch):
+    table = pa.table({"number": range(1000)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=100)
+    read, iterate = [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda self, *size, **how: read.append(how) or iterate(self, *size, **how)
+    )
+    found = next(row_groups.tables(str(tmp_path / "rows.parquet"), ["number"], 730, 16))
+    assert found.column("number").to_pylist() == [730, 731] and read[0]["row_groups"] == [7, 8, 9]
+    assert row_groups.count_rows(str(tmp_path / "rows.parquet")) == 1000
