@@ -32,6 +32,7 @@ from distil_whisper.handoff import (
     WRITTEN,
     ShardFile,
     finish_shard,
+    is_finished,
     read_manifest,
     schema,
     write_readme,
@@ -48,7 +49,7 @@ from distil_whisper.labelling import (
 )
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
-from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, write_text
+from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, remove, write_text
 from distil_whisper.parts import PARTS, ShardInProgress
 from distil_whisper.plan import estimate, total
 from distil_whisper.progress import Pace, quiet_libraries, shown
@@ -313,7 +314,8 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
     missing = []
     for source, labeller, features in labellers:
         shards = shards_of(source)
-        left = [shard for shard in shards if read_manifest(job.folder, shard) is None]
+        # As the main process finds it: another machine may have no FFmpeg.
+        left = broadcast_object_list([[shard for shard in shards if not is_finished(job.folder, shard)]])[0]
         job.accelerator.print(f"{source.label}: {len(shards) - len(left)} of {len(shards)} shards are finished")
         missing += [(source, labeller, features, shard) for shard in left]
     if job.folder.main:
@@ -462,6 +464,8 @@ def list_skipped(job: Job, sources: list[Source]) -> list[dict]:
     ]
     if skipped:
         write_text(job.folder / SKIPPED_FILE, "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in skipped))
+    else:  # those of an earlier run were labelled since
+        remove(job.folder / SKIPPED_FILE)
     return skipped
 
 

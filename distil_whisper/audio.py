@@ -13,6 +13,7 @@ import soxr
 import torch
 from torch import nn
 
+from distil_whisper import ffmpeg
 from distil_whisper.containers import AudioError, whole
 from distil_whisper.errors import UserError
 
@@ -30,7 +31,8 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
     """Encoded audio as float32 mono samples [n] at sampling_rate (in hertz), channels averaged.
 
     audio is the bytes of a file, a path, or what datasets calls an undecoded audio: {"bytes", "path"}; a decoded one,
-    {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels.
+    {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels;
+    other kinds through FFmpeg, where there is one.
     Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN, infinity, or
     numbers that no sound has; and for a file that is cut short or damaged, as far as its container tells.
     """
@@ -38,11 +40,7 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
         samples, rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
         samples = samples.mean(axis=0) if samples.ndim == 2 else samples
     else:
-        with _opened(audio) as file:
-            samples, rate = _mono(file), file.samplerate
-            if file.claimed - len(samples) > _SLACK_S * rate:
-                found = f"{len(samples) / rate:.2f} of {file.claimed / rate:.2f} s can be read"
-                raise AudioError(f"cut short or damaged: {found}")
+        samples, rate = _read(audio)
     peak = np.abs(samples).max(initial=0.0)
     if not np.isfinite(peak):
         raise AudioError("NaN or infinite samples")
@@ -62,11 +60,15 @@ def duration(audio: Audio) -> float:
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
         return np.shape(audio["array"])[-1] / audio["sampling_rate"]
-    with _opened(audio) as file:
-        frames = file.frames if file.frames < _UNKNOWN_LENGTH else len(_mono(file))
-        if not frames:
-            raise AudioError("zero samples")
-        return frames / file.samplerate
+    try:
+        with _opened(audio) as file:
+            frames, rate = file.frames if file.frames < _UNKNOWN_LENGTH else len(_mono(file)), file.samplerate
+    except _UnknownFormat as refusal:
+        samples, rate = _by_ffmpeg(audio, refusal)
+        frames = len(samples)
+    if not frames:
+        raise AudioError("zero samples")
+    return frames / rate
 
 
 def encode(samples: np.ndarray, sampling_rate: int, format: str = "FLAC") -> bytes:
@@ -174,27 +176,51 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
+class _UnknownFormat(AudioError):
+    """A file that libsndfile does not open."""
+
+
+def _read(audio: Audio) -> tuple[np.ndarray, int]:
+    """A file's samples, channels averaged, and their rate."""
+    try:
+        with _opened(audio) as file:
+            samples, rate = _mono(file), file.samplerate
+            if file.claimed - len(samples) > _SLACK_S * rate:
+                found = f"{len(samples) / rate:.2f} of {file.claimed / rate:.2f} s can be read"
+                raise AudioError(f"cut short or damaged: {found}")
+            return samples, rate
+    except _UnknownFormat as refusal:
+        return _by_ffmpeg(audio, refusal)
+
+
+def _by_ffmpeg(audio: Audio, refusal: _UnknownFormat) -> tuple[np.ndarray, int]:
+    source, name = _file_of(audio), str(audio.get("path") or "") if isinstance(audio, dict) else str(audio)
+    if not ffmpeg.is_for_ffmpeg(source, name):
+        raise refusal
+    return ffmpeg.read(source, name)
+
+
 @contextmanager
-def _opened(audio: Audio) -> Iterator[soundfile.SoundFile]:
+def _opened(audio: Audio) -> Iterator[_Forward]:
     source, claimed = whole(_file_of(audio))
     try:
         file = _Forward(source, claimed)
     except soundfile.LibsndfileError as error:
-        raise _unreadable(error) from error
+        raise _UnknownFormat(_reason(error)) from error
     except TypeError as error:  # soundfile asks for the format of a name that ends in .raw
         raise AudioError("unreadable: raw samples have no header") from error
     with file:
         try:
             yield file
         except soundfile.LibsndfileError as error:
-            raise _unreadable(error) from error
+            raise AudioError(_reason(error)) from error
 
 
-def _unreadable(error: soundfile.LibsndfileError) -> AudioError:
+def _reason(error: soundfile.LibsndfileError) -> str:
     reason = error.error_string.strip().rstrip(".")
     if "does not exist" in reason:  # what libsndfile says of a short MP3, too
         reason = "no file of a known format"
-    return AudioError(f"unreadable: {reason}")
+    return f"unreadable: {reason}"
 
 
 def _file_of(audio: Audio) -> io.BytesIO | str:

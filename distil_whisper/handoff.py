@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Audio, Features, List, Value
 
+from distil_whisper import ffmpeg
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, write_text
 
 ROWS_PER_GROUP = 100
@@ -154,6 +155,14 @@ def read_manifest(folder: OutputFolder, shard: ShardFile) -> dict | None:
     """What was noted of a finished unit, None if it is not finished."""
     path = folder / shard.manifest
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def is_finished(folder: OutputFolder, shard: ShardFile) -> bool:
+    """Whether a unit is done, and none of its rows was skipped for want of FFmpeg where there is one now."""
+    manifest = read_manifest(folder, shard)
+    if manifest is None:
+        return False
+    return not (any(row["reason"].startswith(ffmpeg.NEEDED) for row in manifest["skipped"]) and ffmpeg.is_there())
 
 
 def write_readme(folder: OutputFolder, body: str) -> None:

@@ -19,7 +19,8 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 FILE_NAME = "file_name"
 FOLDER_AUDIO_COLUMN = "audio"
 _SPLIT_FOLDER = re.compile(r"(train|test|valid|validation|val|dev|eval)([._-].*)?")
-_AUDIO_SUFFIXES = frozenset(AudioFolder.EXTENSIONS) | {".oga", ".aif", ".m4a", ".aac"}
+_OF_FFMPEG = {".m4a", ".mp4", ".aac", ".webm", ".mka", ".wma", ".g722", ".amr"}
+_AUDIO_SUFFIXES = frozenset(AudioFolder.EXTENSIONS) | {".oga", ".aif"} | _OF_FFMPEG
 _WHOLE, _DECIMAL = re.compile(r"0|-?[1-9]\d{0,17}"), re.compile(r"-?(0|[1-9]\d*)?\.\d+([eE][-+]?\d+)?")
 
 
