@@ -171,8 +171,9 @@ class Validator:
                 spoken += self._transcribe(batch.waveforms, references)
         self._record(held_out, sums, gather_object(problems), gather_object(spoken), weights, result)
 
-    def _transcribe(self, waveforms: torch.Tensor, references: list[Reference]) -> list[tuple[str, str, str]]:
-        """(row id, reference, prediction) of each row of a batch; a call of the decoder has one language and task."""
+    def _transcribe(self, waveforms: torch.Tensor, references: list[Reference]) -> list[tuple[str, str, str, str]]:
+        """(row id, reference, prediction, language of both) of each row of a batch; a call of the decoder has one
+        language and task."""
         kinds = [(reference.language, reference.task) for reference in references]
         spoken = []
         for kind in dict.fromkeys(kinds):
@@ -181,7 +182,8 @@ class Validator:
                 decoded = self.decoder(waveforms[chosen], *kind)
             for index, row in zip(chosen, decoded, strict=True):
                 text = plain_text(self.decoder.grammar.decode(row.ids))
-                spoken.append((references[index].row_id, references[index].text, text))
+                language = "en" if kind[1] == "translate" else kind[0]
+                spoken.append((references[index].row_id, references[index].text, text, language))
         return spoken
 
     def _record(self, held_out, sums, problems, spoken, weights, result: Validation) -> None:
@@ -199,4 +201,9 @@ class Validator:
             result.values |= {
                 f"eval/{name}/{figure}": scores[figure] for figure in ("wer", "cer", "wer_ortho", "cer_ortho")
             }
-            result.tables[name] = [list(row) for row in spoken[:TABLE_ROWS]]
+            result.tables[name] = [list(row[:3]) for row in spoken[:TABLE_ROWS]]
+            if len(languages := {row[3] for row in spoken}) > 1:
+                result.notes.append(
+                    f"{name}: its rows are in several languages ({', '.join(sorted(languages))}), and all were "
+                    "normalised by the rules of one; give each language as a dataset of its own"
+                )
