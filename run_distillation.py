@@ -26,7 +26,7 @@ from distil_whisper.arguments import MOST_BEAMS, DataFields, ModelFields, RunFie
 from distil_whisper.audio import LogMel
 from distil_whisper.augmentation import SpecAugment, WaveformAugment
 from distil_whisper.caches import StateCaches, open_caches
-from distil_whisper.checkpoints import Checkpoints, student_weights
+from distil_whisper.checkpoints import Checkpoints, go_to, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
 from distil_whisper.engine import clip_gradients, is_sharded, training_accelerator
@@ -560,20 +560,23 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
     return Training(args, accelerator, model, optimizer, student, collator, weights, checkpoints, validator, meter)
 
 
-def go_on(run: Training, folder: OutputFolder, max_steps: int) -> None:
-    """Make the schedule, and put back what the last checkpoint holds, if there is one."""
-    args = run.args
+def go_on(run: Training, folder: OutputFolder) -> int:
+    """Put back what the last checkpoint holds, if there is one, and make the schedule: of how many steps."""
+    args, stored = run.args, run.checkpoints.load_newest(run.model, run.raw_optimizer)
+    if stored is not None:
+        run.state = stored.state
+        run.meter.go_on(run.state.metered, run.state.rows, run.state.skipped)
+        run.data.resume(run.state.streams, run.state.step, arguments_before(run, folder), run.accelerator.print)
+        if run.accelerator.scaler and run.state.scaler:
+            run.accelerator.scaler.load_state_dict(run.state.scaler)
+        run.accelerator.print(f"going on from {run.checkpoints.path(run.state.step)}")
+    max_steps = steps_to_train(args, run.data, run.state.step)
     run.scheduler = get_scheduler(args.lr_scheduler_type, run.raw_optimizer, args.warmup_steps, max_steps)
-    resumed = run.checkpoints.load_newest(run.model, run.raw_optimizer, run.scheduler)
-    if resumed is not None:
-        run.state = resumed
-        run.meter.go_on(resumed.metered, resumed.rows, resumed.skipped)
-        run.data.resume(resumed.streams, resumed.step, arguments_before(run, folder), run.accelerator.print)
-        if run.accelerator.scaler and resumed.scaler:
-            run.accelerator.scaler.load_state_dict(resumed.scaler)
-        run.accelerator.print(f"going on from {run.checkpoints.path(resumed.step)}")
-        if resumed.step >= max_steps:
-            run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")
+    if stored is not None:
+        go_to(stored.scheduler["last_epoch"], run.scheduler, run.raw_optimizer)
+    if stored is not None and run.state.step >= max_steps:
+        run.accelerator.print(f"nothing is left to train: {max_steps} steps were asked for")
+    return max_steps
 
 
 def arguments_before(run: Training, folder: OutputFolder) -> dict:
@@ -642,8 +645,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     accelerator = run.accelerator
     share = Share(accelerator.process_index, accelerator.num_processes, args.per_device_train_batch_size)
     run.data = Mixture(args, sets, maker, run.collator, share)
-    max_steps = steps_to_train(args, run.data, 0)
-    go_on(run, folder, max_steps)
+    max_steps = go_on(run, folder)
     note_arguments(run, folder, max_steps)
     run.trackers = open_trackers(run, folder)
     try:

@@ -69,7 +69,7 @@ def make_batch(window: Window, batch_size: int, label_tokens: int, vocabulary: i
     keys = [f"recording-{row}" for row in range(batch_size)]
     seconds = batch_size * window.seconds
     rows = [str(row) for row in range(batch_size)]
-    return Batch(stack(samples, window), inputs, labels, positions_of(labels), seconds, [], keys, lengths, rows)
+    return Batch(stack(samples, window), inputs, labels, positions_of(labels), seconds, [], keys, lengths, rows, 0)
 
 
 class ReferenceStep:

@@ -94,8 +94,9 @@ class Checkpoints:
         if self._writing is not None and self._writing.done():
             self.finish()
 
-    def load_newest(self, model, optimizer, scheduler) -> TrainerState | None:
-        """Put the newest whole checkpoint into model, optimizer and schedule; None if there is none.
+    def load_newest(self, model, optimizer) -> StoredState | None:
+        """Put the newest whole checkpoint into model and optimizer, and return what else it holds; None if there is
+        none.
 
         A damaged one is passed over, which is said. Raises UserError where all are damaged, and for one of another
         training.
@@ -119,8 +120,7 @@ class Checkpoints:
             state.setdefault(parameter, {})[kind] = tensor
         moments = {**moments, "state": state}
         set_optimizer_state_dict(model, optimizer, moments, options=StateDictOptions(full_state_dict=True))
-        _go_to(stored.scheduler["last_epoch"], scheduler, optimizer)
-        return stored.state
+        return stored
 
     def load_best(self, state: TrainerState, model) -> int:
         """Put the weights of the best checkpoint into the model, if they are not there: its step.
@@ -261,7 +261,7 @@ def _flaw(path: Path, step: int) -> str | None:
     return None
 
 
-def _go_to(step: int, scheduler: LambdaLR, optimizer) -> None:
+def go_to(step: int, scheduler: LambdaLR, optimizer) -> None:
     """Put a schedule at a step, with the learning rate that it has now, which may not be that of the checkpoint."""
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     scheduler.load_state_dict(

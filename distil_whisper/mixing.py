@@ -101,6 +101,11 @@ class EpochOrder:
         return np.column_stack([rows, np.arange(first, last) // size])
 
 
+def visit_of_mixture(visit: int, dataset: int, datasets: int) -> int:
+    """A visit in a dataset as one among those in all of them: a row may be in several, under the same id."""
+    return visit * datasets + dataset
+
+
 class LabelLengths:
     """How many decoder positions rows take in an epoch, prompts included; their audio is not read."""
 
@@ -118,6 +123,7 @@ class LabelLengths:
         index = int(training_set.kept[position])
         row = training_set.row_filter.trimmed(self.tables[dataset][index])
         row_id = training_set.row_id(row, *training_set.source.locate(index))
+        visit = visit_of_mixture(visit, dataset, len(self.sets))
         try:
             sequence = self.labeller.sequence(row, training_set.columns, row_id, visit)
         except UserError:  # of a label that cannot be read
@@ -219,6 +225,7 @@ class MapExamples(Dataset):
         row = training_set.source.dataset[index]
         row_id = training_set.row_id(row, *training_set.source.locate(index))
         row = training_set.row_filter.trimmed(row)
+        visit = visit_of_mixture(visit, dataset, len(self.sets))
         return self.maker(row, training_set.columns, row_id, visit) if counts else Example(row_id)
 
 

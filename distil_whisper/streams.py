@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch, Collator, ExampleMaker, joined
 from distil_whisper.filtering import counted, is_kept
-from distil_whisper.mixing import Share, TrainingSet, workers
+from distil_whisper.mixing import Share, TrainingSet, visit_of_mixture, workers
 
 LANES = 16  # of a small batch of uncounted files, at most
 ROWS_OF_A_LANE, FILES_OF_A_LANE = 8, 5  # in a large batch of them; with many files a lane gives fewer rows
@@ -154,7 +154,10 @@ class StreamMixture:
         same = (kept["lanes"], kept.get("block_size")) == (self.lanes, self.block_size)
         if same and samples % self.batch == 0:
             return places
-        say("the step or the shuffling buffer has another size than before: a new pass over the data begins")
+        if "block_size" in kept:
+            say("the step or the shuffling buffer has another size than before: a new pass over the data begins")
+        else:
+            say("an earlier version shuffled streamed rows in another way: a new pass over the data begins")
         begun = [place.epoch for of_lane in places.values() for place in of_lane.values()]
         fresh = {dataset: Place(max(begun, default=-1) + 1) for dataset in range(len(self.sets))}
         return {lane: fresh for lane in range(self.lanes)}
@@ -283,7 +286,8 @@ class StreamParts(IterableDataset):
             for place, lane in zip(mine, turn, strict=True):
                 for of in islice(lane.take(batch), *self.shares[place]):
                     columns = self.mixture.sets[of.dataset].columns
-                    examples.append(self.maker(of.row, columns, of.row_id, of.epoch))
+                    visit = visit_of_mixture(of.epoch, of.dataset, len(self.mixture.sets))
+                    examples.append(self.maker(of.row, columns, of.row_id, visit))
             yield self.collator(examples), {lane.number: dict(lane.places) for lane in turn}
 
 

@@ -242,3 +242,14 @@ def test_a_group_that_is_left_with_other_batches_is_said(mixture, monkeypatch):
         after = mixture(later, grouped=grouped)
         after.resume(before.to_keep(), batches, {"gradient_accumulation_steps": 1}, said.append)
         assert len(said) == lines and all("come twice or not at all" in line for line in said)
+
+
+def test_a_row_that_is_in_two_datasets_is_drawn_for_each(make_sets):
+    """With timestamps and prompts in half of the samples, some differ between two copies of a dataset."""
+    sets, maker = make_sets(False, ("first", "first"))
+    examples = MapExamples(sets, maker)
+    copies = [
+        [identity(examples[dataset, row, visit, True]) for row in range(10)] for dataset in (0, 1) for visit in (0, 1)
+    ]
+    assert [[row_id for row_id, *_ in copy] for copy in copies] == [[row_id for row_id, *_ in copies[0]]] * 4
+    assert len({tuple(sequence for _, sequence, _ in copy) for copy in copies}) == 4

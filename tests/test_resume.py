@@ -204,6 +204,24 @@ def test_the_best_evaluation_is_remembered(student, labelled, stop, monkeypatch,
     assert [line["eval/wer"] for line in metrics(folder, "eval/wer")] == [50, 20, 30, 40]
 
 
+def test_other_batches_go_on_with_the_next_sample_and_the_epochs_that_were_asked_for(
+    student, labelled, seen, stop, tmp_path
+):
+    """Two epochs of 24 rows, the first two steps in batches of 4, the others in batches of 3, two to a step."""
+    flags = [*ENGLISH, "--kl_weight", 0, "--max_steps", -1, "--num_train_epochs", 2, "--save_steps", 2]
+    train_few(student, labelled, tmp_path / "unbroken", *flags)
+    rows = list(seen.rows)
+    stop(3, kill)
+    with pytest.raises(Killed):
+        train_few(student, labelled, tmp_path / "broken", *flags)
+    seen.rows.clear()
+    other = ["--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2]
+    folder = train_few(student, labelled, tmp_path / "broken", *flags, *other)
+    last = metrics(folder, "train/epoch")[-1]
+    assert seen.rows == rows[8:] and last["train/epoch"] == 2  # 16 rows in 6 batches, and 24 in 8
+    assert last["step"] == 2 + 7 and last["train/learning_rate"] == 0
+
+
 def test_a_finished_run_is_not_trained_again(student, labelled, seen, tmp_path):
     flags = [*ENGLISH, "--kl_weight", 0]
     folder = train_few(student, labelled, tmp_path / "out", *flags)

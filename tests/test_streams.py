@@ -14,7 +14,7 @@ from mixtures import ROWS, SEED, identity
 from distil_whisper import row_groups, streams
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Collator, joined
-from distil_whisper.mixing import MapExamples, Share, TrainingSet
+from distil_whisper.mixing import MapExamples, Share, TrainingSet, visit_of_mixture
 from distil_whisper.reading import Source, Unit
 from distil_whisper.streams import Lane, StreamBatches, StreamMixture, StreamParts, lanes_of, shares_of_lanes
 
@@ -245,7 +245,10 @@ def parts_of(make, share, workers, monkeypatch, start=0, places=None):
 def test_processes_and_workers_share_a_batch_and_read_nothing_twice(mixture, monkeypatch, processes, workers):
     of, maker = mixture(12)
     whole = [
-        [identity(maker(r.row, of.sets[r.dataset].columns, r.row_id, r.epoch)) for r in batch]
+        [
+            identity(maker(r.row, of.sets[r.dataset].columns, r.row_id, visit_of_mixture(r.epoch, r.dataset, 2)))
+            for r in batch
+        ]
         for batch in of_lanes(of, 4)[0]
     ]
     read = []
@@ -321,7 +324,8 @@ def test_an_example_depends_on_epoch_and_row_alone(mixture, make_sets):
     epochs = set()
     for row in (row for batch in of_lanes(of, 15)[0] for row in batch):
         if row.epoch < 3:
-            example = maker(row.row, of.sets[row.dataset].columns, row.row_id, row.epoch)
+            visit = visit_of_mixture(row.epoch, row.dataset, 2)
+            example = maker(row.row, of.sets[row.dataset].columns, row.row_id, visit)
             assert identity(example) == by_epoch[row.epoch][row.row_id]
             epochs.add(row.epoch)
     assert epochs == {0, 1, 2}
