@@ -111,6 +111,8 @@ def test_a_file_may_have_no_rows(tmp_path, spoken, open_source, streaming):
     path = str(write_parquet(tmp_path / "speech", as_dataset(spoken).data.table, counts=[5, 0, 6]))
     source = open_source(path, streaming=streaming)
     assert [len(list(source.rows(unit.index))) for unit in source.units] == [5, 0, 6]
+    source.take_counts(source.count_rows())
+    assert [len(list(source.rows(unit.index))) for unit in source.units] == [unit.rows for unit in source.units]
 
 
 def test_the_contents_of_rows_are_all_but_their_audio(tmp_path, spoken, open_source):
@@ -142,8 +144,11 @@ def test_parquet_at_a_url(tmp_path, spoken, open_source, in_memory, streaming):
     expected = open_source(str(path), streaming=streaming)
     source = open_source("memory://bucket/speech", "hi", streaming=streaming)
     assert source.label == "speech/hi/train" and source.units == expected.units
-    for unit in range(3):
-        assert list(source.rows(unit)) == list(expected.rows(unit))
+    for counted in (False, True):
+        for unit in range(3):
+            assert list(source.rows(unit)) == list(expected.rows(unit))
+        if not counted:
+            source.take_counts(source.count_rows())
     single = open_source("memory://bucket/speech/hi/train-00001-of-00003.parquet", streaming=streaming)
     assert list(single.rows(0)) == list(expected.rows(1)) and len(single.units) == 1
     with pytest.raises(UserError, match=r"speech has no split tset \(allowed: train\)"):
@@ -166,9 +171,11 @@ def test_locate_finds_the_row_of_the_whole_dataset(tmp_path, spoken, open_source
 @pytest.mark.parametrize("streaming", [False, True])
 def test_some_columns_from_some_row_on(tmp_path, spoken, open_source, streaming):
     source = open_source(str(make_parquet(tmp_path, spoken)), streaming=streaming)
-    assert list(source.rows(2, columns=["n"], start=1)) == [{"n": n} for n in (8, 9, 10)]
-    assert [row["n"] for row in source.rows(1)] == [5, 6]
-    assert list(source.rows(1, start=2)) == list(source.rows(1, start=9)) == []
+    for _ in ("rows of streamed files not counted", "counted"):
+        assert list(source.rows(2, columns=["n"], start=1)) == [{"n": n} for n in (8, 9, 10)]
+        assert [row["n"] for row in source.rows(1)] == [5, 6]
+        assert list(source.rows(1, start=2)) == list(source.rows(1, start=9)) == []
+        source.take_counts(source.count_rows())
 
 
 def test_runs_of_rows_where_there_are_no_files(tmp_path, spoken, open_source):
