@@ -29,7 +29,7 @@ from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.checkpoints import Checkpoints, go_to, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
-from distil_whisper.engine import clip_gradients, is_sharded, training_accelerator
+from distil_whisper.engine import allow_dropped_layers, clip_gradients, is_sharded, training_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
 from distil_whisper.losses import LossWeights
@@ -554,6 +554,7 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder) -> Tr
         accelerator.print("the frozen encoder equals the teacher's: it runs once for both")
     collator = Collator(student.window, student.grammar.end)
     validator = make_validator(args, student, accelerator, collator) if args.do_eval else None
+    allow_dropped_layers(accelerator, distiller.layerdrop)
     model, optimizer = accelerator.prepare(distiller, make_optimizer(args, distiller))
     checkpoints = Checkpoints(folder, accelerator, args.save_total_limit, args.save_best_total_limit)
     meter = Meter(accelerator, weights)

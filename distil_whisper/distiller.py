@@ -44,6 +44,12 @@ class Distiller(nn.Module):
         """The teacher, None when there is no KL term."""
         return self._teacher[0]
 
+    @property
+    def layerdrop(self) -> float:
+        """The largest share of the layers of a part of the student that a training step drops by chance."""
+        config = self.student.config
+        return max(config.decoder_layerdrop, 0 if self.freeze_encoder else config.encoder_layerdrop)
+
     def train(self, mode: bool = True) -> "Distiller":
         """A frozen encoder stays in evaluation mode: its dropout would make it another encoder than the teacher's."""
         super().train(mode)

@@ -94,6 +94,19 @@ def training_accelerator(args) -> Accelerator:
     return accelerator
 
 
+def allow_dropped_layers(accelerator: Accelerator, share: float) -> None:
+    """Let processes train other layers than one another in a step, where that share of them is dropped by chance.
+
+    Raises UserError under FSDP, whose processes gather the weights of each layer together.
+    """
+    if share and is_sharded(accelerator):
+        raise UserError(
+            f"the student's config drops layers in training (layerdrop {share:g}), which FSDP cannot do; set "
+            "encoder_layerdrop and decoder_layerdrop to 0 in its config.json, or use DDP"
+        )
+    accelerator.ddp_handler.find_unused_parameters = share > 0
+
+
 def clip_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter], most: float) -> torch.Tensor:
     """The norm of the gradients of all processes, which are clipped to `most` unless that is 0."""
     norm = accelerator.clip_grad_norm_(parameters, most or math.inf)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     GenerationConfig,
@@ -17,6 +18,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
+from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 
 from distil_whisper.arguments import attention
@@ -116,7 +118,11 @@ def load_whisper(
     complete_generation_config(model, grammar)
     window = Window.from_models(feature_extractor, model.config)
     contiguous_states(model)
-    return LoadedWhisper(model.to(device).eval(), tokenizer, feature_extractor, grammar, window)
+    reproducible_positions(model)
+    model.to(device).eval()
+    if broken := not_finite(model.state_dict()):
+        raise UserError(f"{argument} {name} cannot be used: its weight {broken} is not finite in {dtype}")
+    return LoadedWhisper(model, tokenizer, feature_extractor, grammar, window)
 
 
 def _config_problem(config) -> str | None:
@@ -171,6 +177,24 @@ def contiguous_states(model: WhisperForConditionalGeneration) -> None:
 
 def _contiguous(_layer, given: tuple) -> tuple:
     return given[0].contiguous(), *given[1:]
+
+
+class ReproduciblePositions(WhisperPositionalEmbedding):
+    """The decoder's position table, whose gradient has the same bits each time.
+
+    transformers indexes the table; the backward pass of that adds up with a CPU's threads racing.
+    """
+
+    def forward(self, input_ids, cache_length=0, position_ids=None):
+        """The rows of the table for position_ids, else from cache_length on, as transformers has it."""
+        if position_ids is None:
+            return super().forward(input_ids, cache_length)
+        return functional.embedding(position_ids, self.weight)
+
+
+def reproducible_positions(model: WhisperForConditionalGeneration) -> None:
+    """Let a model that is trained with the same command get the same weights, on any number of threads."""
+    model.get_decoder().embed_positions.__class__ = ReproduciblePositions
 
 
 def encoder_states(encoder: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
@@ -246,7 +270,14 @@ def save_whisper(
     weights: dict[str, torch.Tensor] | None = None,
     card: str | None = None,
 ) -> None:
-    """Save a checkpoint among the other files of an output folder: written beside, then moved, config.json last."""
+    """Save a checkpoint among the other files of an output folder: written beside, then moved, config.json last.
+
+    Raises UserError for weights that are not finite.
+    """
+    if broken := not_finite(whisper.model.state_dict() if weights is None else weights):
+        raise UserError(
+            f"the student's weights are not finite (such as {broken}), so they are not saved in {folder.path}"
+        )
     with tempfile.TemporaryDirectory(dir=folder / RECORDS) as beside:
         write_whisper(Path(beside), whisper, weights)
         if card is not None:

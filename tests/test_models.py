@@ -4,9 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
 from distil_whisper.errors import UserError
-from distil_whisper.models import load_whisper
+from distil_whisper.models import load_whisper, save_whisper
+from distil_whisper.outputs import OutputFolder
 
 
 @pytest.fixture
@@ -73,3 +77,29 @@ def test_a_damaged_file_is_one_sentence(file, content, checkpoint):
 def test_a_file_of_a_checkpoint_is_not_its_folder(checkpoint):
     with pytest.raises(UserError, match=rf"config.json is a file; give the folder of the checkpoint, {checkpoint}$"):
         load_whisper(str(checkpoint / "config.json"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(dtype, checkpoint, tmp_path):
+    """A number that float16 has not is infinite there."""
+    whisper = load_whisper(str(checkpoint), device="cpu")
+    file, name = checkpoint / "model.safetensors", "model.decoder.layers.1.fc1.bias"
+    weights = load_file(file)
+    weights[name][3] = torch.nan if dtype == "float32" else 1e6
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"its weight {name} is not finite in {dtype}$"):
+        load_whisper(str(checkpoint), dtype=dtype, device="cpu")
+    weights[name][3] = torch.inf
+    with OutputFolder(tmp_path / "saved", "stage") as folder:
+        with pytest.raises(UserError, match=rf"weights are not finite \(such as {name}\), so they are not saved in"):
+            save_whisper(folder, whisper, weights)
+        assert not (folder / "config.json").exists()
+
+
+def test_the_table_of_positions_is_read_as_transformers_reads_it(checkpoint):
+    ours = load_whisper(str(checkpoint), device="cpu").model.model.decoder.embed_positions
+    theirs = WhisperPositionalEmbedding(*ours.weight.shape)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    for options in ({}, {"cache_length": 3}, {"position_ids": torch.tensor([[4, 2, 0], [1, 1, 1]])}):
+        assert torch.equal(ours(ids, **options), theirs(ids, **options))

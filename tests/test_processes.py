@@ -1,5 +1,6 @@
 """Two processes give what one gives: the same rows, the same losses for the same global batches, the same figures."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -78,6 +79,27 @@ def test_engines_that_cannot_train_a_student_are_refused(kind, version, found):
     )
     with refused:
         check_engine(accelerator)
+
+
+def test_processes_may_drop_other_layers_than_one_another(student, labelled, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "decoder_layerdrop": 0.5}))
+    flags = ["--model_name_or_path", folder, "--train_dataset_name", labelled, "--output_dir", tmp_path / "out"]
+    few = ["--max_steps", 4, "--per_device_train_batch_size", 2, "--kl_weight", 0, "--do_train", "--report_to", "none"]
+    ran = launch("run_distillation.py", *flags, *few, *ENGLISH, "--freeze_encoder", processes=2)
+    assert ran.code == 0, ran.stderr
+    assert not any(
+        torch.equal(weights(folder)[name], t)
+        for name, t in weights(tmp_path / "out").items()
+        if "decoder" in name and "fc1" in name
+    )
+
+
+def test_dropped_layers_are_refused_where_weights_are_sharded():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(UserError, match=r"layerdrop 0\.1"):
+        engine.allow_dropped_layers(accelerator, 0.1)
 
 
 @pytest.mark.slow

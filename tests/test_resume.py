@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, launch
 from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights
 
 import run_distillation
@@ -337,3 +337,11 @@ def test_what_a_killed_run_left_half_written_goes(student, labelled, tmp_path):
     mine.write_text("mine")
     train_few(student, labelled, folder, *flags)
     assert not half.exists() and mine.read_text() == "mine"
+
+
+def test_two_threads_give_the_same_weights_each_time(student, tmp_path):
+    saved = [tmp_path / name for name in ("one", "other")]
+    for path in saved:
+        ran = launch("tests/threads.py", student, path, env={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"})
+        assert ran.code == 0, ran.stderr
+    assert saved[0].read_bytes() == saved[1].read_bytes()
