@@ -10,6 +10,7 @@ on with the shards that are missing.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -28,11 +29,14 @@ from distil_whisper.decoding import Decoder
 from distil_whisper.engine import Turns, make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.handoff import (
+    LIMIT,
     MEANINGS,
     WRITTEN,
     ShardFile,
     finish_shard,
     is_finished,
+    is_labelled,
+    lacks_rows,
     read_manifest,
     schema,
     write_readme,
@@ -50,7 +54,7 @@ from distil_whisper.labelling import (
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, remove, write_text
-from distil_whisper.parts import PARTS, ShardInProgress
+from distil_whisper.parts import PARTS, ShardInProgress, note_limit
 from distil_whisper.plan import estimate, total
 from distil_whisper.progress import Pace, quiet_libraries, shown
 from distil_whisper.reading import Source
@@ -59,6 +63,7 @@ from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
 from distil_whisper.tokens import language_and_task
 from distil_whisper.trackers import Trackers
+from distil_whisper.truncation import TruncationLimit
 from distil_whisper.uploads import BackgroundUploads
 
 STAGE = "run_pseudo_labelling"
@@ -75,6 +80,7 @@ LABEL_ARGUMENTS = (  # those that decide what the labels are
     "decode_token_ids",
     "concatenate_audio",
     "long_audio",
+    "max_window_seconds",
     "audio_column_name",
     "text_column_name",
     "id_column_name",
@@ -128,7 +134,17 @@ class Arguments(ModelFields, DataFields, RunFields):
         False,
         "Greedily, read the transcripts as drafts of the labels: the same labels, in fewer steps of the decoder.",
     )
-    max_label_length: int = option(128, "The most tokens of a label; a longer one is marked as truncated.", at_least=1)
+    max_window_seconds: float | None = option(
+        None,
+        "The longest window that --concatenate_audio and --long_audio split make. Default: all that the model takes.",
+        at_least=1,
+    )
+    max_label_length: int = option(
+        128,
+        "The most tokens of a label; a longer one is marked as truncated. A later start that gives more labels those "
+        "alone again.",
+        at_least=1,
+    )
     decode_token_ids: bool = option(
         True, "Keep the text alone, which training encodes again. False keeps the token ids too, and trains on them."
     )
@@ -146,6 +162,9 @@ class Arguments(ModelFields, DataFields, RunFields):
     )
     max_skipped: float = option(
         5.0, "Stop when more than so many percent of the rows cannot be labelled.", at_least=0, at_most=100
+    )
+    max_truncated: float = option(
+        5.0, "Stop when more than so many percent of the labels are truncated.", at_least=0, at_most=100
     )
     dry_run: bool = option(
         False, "Label a few windows as a trial, print rows, hours, time and disk that the whole takes, and stop."
@@ -165,6 +184,7 @@ class Job:
     task: str | None
     normalisers: Normalisers
     turns: Turns
+    truncation: TruncationLimit
     trackers: Trackers | None = None
     repo: str | None = None
     uploads: BackgroundUploads | None = None
@@ -185,10 +205,20 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
             "--concatenate_audio needs --speaker_id_column_name or --recording_id_column_name, to know which "
             "utterances belong together"
         )
+    if args.max_window_seconds is not None and not packs_or_splits(args):
+        raise UserError(
+            "--max_window_seconds is for --concatenate_audio and --long_audio split, which make windows; give one of "
+            "them, or leave it out"
+        )
     for flag in ("language", "task"):
         if getattr(args, flag) and getattr(args, f"{flag}_column_name"):
             raise UserError(f"--{flag} and --{flag}_column_name exclude each other; give one of them")
     return args
+
+
+def packs_or_splits(args: Arguments) -> bool:
+    """Whether windows are made of the rows' audio; else each row is one."""
+    return args.concatenate_audio or args.long_audio == "split"
 
 
 def check_drafts(args: Arguments) -> None:
@@ -229,17 +259,27 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
 
 
 def keep_or_refuse(folder: OutputFolder, source: Source, now: dict[str, object]) -> None:
-    """Note what the labels of a split are made with. Raises UserError if some were made with something else."""
+    """Note what the labels of a split are made with. Raises UserError if some were made with something else.
+
+    Labels may have more tokens than before: those of the finished shards are told apart by what is noted of them.
+    """
     split, earlier = f"{source.config}/{source.split}", folder.arguments() or {}
     was = earlier.get(split, {})
+    if was:  # a flag that there was not is as it is without it
+        was = {name: value.default for name, value in Arguments.__dataclass_fields__.items() if name in now} | was
+    more = was.get(LIMIT, math.inf) < now.get(LIMIT, 0)
     differing = [
-        f"{name} was {was[name]} and is {now[name]}" for name in now if name in was and was[name] != now[name]
+        f"{name} was {was[name]} and is {now[name]}"
+        for name in now
+        if name in was and was[name] != now[name] and not (more and name == LIMIT)
     ]
     if differing:
         raise UserError(
             f"{folder.path} holds labels of {split} made with other arguments ({'; '.join(differing)}); use those, "
             "another --output_dir, or --overwrite_output_dir"
         )
+    for shard in shards_of(source) if more else ():
+        note_limit(folder, shard, was[LIMIT])
     folder.keep_arguments({**earlier, split: {**was, **now}})
 
 
@@ -293,7 +333,7 @@ def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabel
         if args.language_column_name:
             raise UserError("--language_column_name was given, but the model is English-only")
         columns = replace(columns, language=None, task=None)
-    kept = columns.kept_in_windows() if args.concatenate_audio or args.long_audio == "split" else None
+    kept = columns.kept_in_windows() if packs_or_splits(args) else None
     features, renamed = schema(source.features, kept, columns.audio, columns.text)
     settings = LabellingSettings(
         job.language,
@@ -305,6 +345,7 @@ def make_labeller(job: Job, source: Source, columns: Columns) -> tuple[UnitLabel
         args.dataloader_num_workers,
         min(RUN_BATCHES, max(RUN_WINDOWS // args.per_device_eval_batch_size, 1), args.logging_steps),
         args.draft_from_text,
+        args.max_window_seconds,
     )
     return UnitLabeller(job.whisper, job.decoder, columns, settings, job.normalisers, renamed), features
 
@@ -315,8 +356,13 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
     for source, labeller, features in labellers:
         shards = shards_of(source)
         # As the main process finds it: another machine may have no FFmpeg.
-        left = broadcast_object_list([[shard for shard in shards if not is_finished(job.folder, shard)]])[0]
+        left = [shard for shard in shards if not is_finished(job.folder, shard, job.args.max_label_length)]
+        left = broadcast_object_list([left])[0]
         job.accelerator.print(f"{source.label}: {len(shards) - len(left)} of {len(shards)} shards are finished")
+        manifests = [manifest for shard in left if (manifest := read_manifest(job.folder, shard)) is not None]
+        if again := sum(not lacks_rows(manifest) for manifest in manifests):
+            most = job.args.max_label_length
+            job.accelerator.print(f"{source.label}: truncated labels of {again} shards get up to {most} tokens")
         missing += [(source, labeller, features, shard) for shard in left]
     if job.folder.main:
         digest = weights_digest(job.whisper.model)
@@ -330,9 +376,9 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
             """The shards that this process takes, as it comes to read them."""
             while (number := job.turns.take()) < len(missing):
                 source, labeller, features, shard = missing[number]
-                contents = source.contents(shard.index)
-                file = files.enter_context(ShardInProgress(job.folder, shard, features, contents))
-                tally = Tally(**file.progress)
+                contents, most = source.contents(shard.index), job.args.max_label_length
+                file = files.enter_context(ShardInProgress(job.folder, shard, features, contents, most))
+                tally = Tally(**file.progress, earlier=file.earlier)
                 if tally.rows:
                     tqdm.write(f"{shard.name}: going on behind {tally.rows:,} windows")
                 yield ShardAtWork(labeller, source, shard.index, tally, file=file)
@@ -346,10 +392,11 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
 
 @dataclass
 class ShardAtWork(UnitAtWork):
-    """A unit and the file of its rows; counted: the rows read that the progress knows of."""
+    """A unit and the file of its rows; counted, counted_seconds: what the progress knows of rows read and of audio."""
 
     file: ShardInProgress | None = None
     counted: int = 0
+    counted_seconds: float = 0.0
     finished: bool = False
 
 
@@ -369,19 +416,26 @@ def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> N
             name, windows = unit.file.shard.name, unit.tally.rows
             job.accelerator.print(f"{name}: {windows:,} windows labelled; in all {pace}")
         job.trackers.log(pace.metrics(), job.batches)
+    windows = job.turns.count("windows", len(rows))
+    truncated = job.turns.count("truncated", sum(row["truncated"] for row in rows))
+    if problem := job.truncation.early_problem(windows, truncated):
+        unit.file.keep(unit.tally.progress())
+        raise UserError(problem)
 
 
 def count(pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
     """Count what was labelled: seconds of audio, and the rows of the input that it is of, which None says are all.
 
-    Reading is ahead of that. Of a row that was cut into windows, each counts until all that was read are counted.
+    Reading is ahead of that. Of a row that was cut into windows, each counts until all that was read are counted. Rows
+    whose earlier label stays count without their seconds.
     """
     labelled = unit.tally.read
     if rows is not None:
         parts = (row.get("utterance_ids") for row in rows)  # of packed windows
         labelled = min(unit.counted + sum(len(ids) if ids else 1 for ids in parts), labelled)
-    pace.add(labelled - unit.counted, sum(row["duration"] for row in rows or ()), unit.file.shard.stem)
-    unit.counted = labelled
+    seconds = unit.tally.decoded_seconds
+    pace.add(labelled - unit.counted, seconds - unit.counted_seconds, unit.file.shard.stem)
+    unit.counted, unit.counted_seconds = labelled, seconds
 
 
 def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
@@ -398,7 +452,7 @@ def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
         return
     unit.file.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
-    finish_shard(job.folder, shard, {**facts, "contents": unit.file.contents})
+    finish_shard(job.folder, shard, {**facts, "contents": unit.file.contents, LIMIT: job.args.max_label_length})
     unit.file.forget()
     write_readme(job.folder, card(job, []))
     if job.uploads:
@@ -425,9 +479,9 @@ def check_skipped(args: Arguments, read: int, skipped: int, at_least: int = 100)
         )
 
 
-def check_unread(folder: OutputFolder, shards: list[ShardFile]) -> None:
+def check_unread(folder: OutputFolder, shards: list[ShardFile], max_label_length: int) -> None:
     """Raise UserError if there are shards that could not be read."""
-    unread = [shard.name for shard in shards if read_manifest(folder, shard) is None]
+    unread = [shard.name for shard in shards if not is_labelled(folder, shard, max_label_length)]
     if unread:
         raise UserError(
             f"{len(unread)} of {len(shards)} shards could not be read, as was said above ({', '.join(unread[:3])}"
@@ -487,6 +541,9 @@ def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
         + (f"; {len(skipped)} skipped rows are listed in {SKIPPED_FILE}" if skipped else "")
     )
     check_skipped(job.args, sum(summary["read"] for summary in summaries), len(skipped), at_least=0)
+    windows, truncated = (sum(summary[name] for summary in summaries) for name in ("rows", "truncated"))
+    if problem := job.truncation.problem(windows, truncated):
+        raise UserError(problem)
 
 
 def make_decoder(args: Arguments, whisper: LoadedWhisper, device) -> Decoder:
@@ -503,6 +560,24 @@ def make_decoder(args: Arguments, whisper: LoadedWhisper, device) -> Decoder:
     return CTranslate2Decoder(whisper, device=device, **options)
 
 
+def fit_to_model(args: Arguments, accelerator: Accelerator, whisper: LoadedWhisper) -> Arguments:
+    """The arguments with no more tokens for a label than the model has room for, which is said.
+
+    Raises UserError for windows that are longer than the model's.
+    """
+    window, room = whisper.window, whisper.grammar.room(args.return_timestamps)
+    if args.max_window_seconds is not None and args.max_window_seconds > window.seconds:
+        raise UserError(
+            f"--max_window_seconds is {args.max_window_seconds:g}, and the model's window has {window.seconds:g} s; "
+            f"give at most {window.seconds:g}"
+        )
+    if args.max_label_length > room:
+        accelerator.print(
+            f"--max_label_length {args.max_label_length} is more than the decoder has room for; {room} is taken"
+        )
+    return replace(args, max_label_length=min(args.max_label_length, room))
+
+
 def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None) -> Job:
     """Load the teacher and settle what it is told."""
     whisper = load_whisper(
@@ -512,10 +587,15 @@ def begin(args: Arguments, accelerator: Accelerator, folder: OutputFolder | None
         cache_dir=args.cache_dir,
         device=accelerator.device if args.backend == "torch" else "cpu",
     )
+    args = fit_to_model(args, accelerator, whisper)
     language, task = language_and_task(args.language, args.task, whisper.grammar, whisper.model.generation_config)
     decoder = make_decoder(args, whisper, accelerator.device)
     normalisers = Normalisers(args.normalizer, whisper.tokenizer)
-    return Job(args, accelerator, folder, whisper, decoder, language, task, normalisers, Turns(accelerator))
+    room = whisper.grammar.room(args.return_timestamps)
+    longest = (args.max_window_seconds or whisper.window.seconds) if packs_or_splits(args) else None
+    truncation = TruncationLimit(args.max_label_length, room, args.max_truncated, longest)
+    turns = Turns(accelerator)
+    return Job(args, accelerator, folder, whisper, decoder, language, task, normalisers, turns, truncation)
 
 
 def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source], columns: list[Columns]) -> None:
@@ -527,6 +607,9 @@ def print_plan(args: Arguments, accelerator: Accelerator, sources: list[Source],
     plans = [estimate(s, *make_labeller(job, s, roles)) for s, roles in zip(sources, columns, strict=True)]
     for plan in [*plans, total(plans)] if len(plans) > 1 else plans:
         print("\n".join(plan.lines(accelerator.num_processes, loaded)))
+    tried = total(plans)
+    if problem := job.truncation.problem(tried.windows, tried.truncated):
+        print(problem)
 
 
 def publish_to(args: Arguments, accelerator: Accelerator) -> str | None:
@@ -585,7 +668,7 @@ def main(argv: list[str] | None = None) -> None:
                 names = ["README.md", *(shard.name for shard in shards)]
                 url = hub.push_folder(folder.path, repo, names, repo_type="dataset", message="Pseudo-labels")
                 print(f"pushed to {url}")
-            check_unread(folder, shards)
+            check_unread(folder, shards, job.args.max_label_length)
         job.turns.wait_at("reported")
         job.trackers.finish()
 

@@ -51,7 +51,8 @@ def label(folder: Path, shards: int, megabytes: int) -> dict:
     data, output = folder / f"speech-{shards}", folder / f"labelled-{shards}"
     write_shards(data, shards, megabytes)
     flags = ["--model_name_or_path", folder / "teacher", "--dataset_name", data, "--language", "en", "--streaming"]
-    flags += ["--max_label_length", 4, "--report_to", "none", "--logging_steps", 8, "--output_dir", output]
+    flags += ["--max_label_length", 4, "--max_truncated", 100, "--report_to", "none", "--logging_steps", 8]
+    flags += ["--output_dir", output]
     command = [sys.executable, ROOT / "run_pseudo_labelling.py", *flags]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

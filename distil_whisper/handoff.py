@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from distil_whisper import ffmpeg
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, write_text
 
 ROWS_PER_GROUP = 100
+LIMIT = "max_label_length"  # in what is noted of a shard: the most tokens of its labels
 SLICE_MARKS = {"[": "_", "]": "", ":": "to", "%": "pct"}
 TEXT, REAL = Value("string"), Value("float64")
 WRITTEN = {  # the columns that labelling adds
@@ -157,12 +158,30 @@ def read_manifest(folder: OutputFolder, shard: ShardFile) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def is_finished(folder: OutputFolder, shard: ShardFile) -> bool:
-    """Whether a unit is done, and none of its rows was skipped for want of FFmpeg where there is one now."""
+def lacks_rows(manifest: dict) -> bool:
+    """Whether rows of a finished unit were skipped for want of FFmpeg where there is one now."""
+    return any(row["reason"].startswith(ffmpeg.NEEDED) for row in manifest["skipped"]) and ffmpeg.is_there()
+
+
+def is_finished(folder: OutputFolder, shard: ShardFile, max_label_length: int) -> bool:
+    """Whether a unit is done, lacks no rows, and none of its labels was truncated by a smaller limit of tokens."""
+    return is_labelled(folder, shard, max_label_length) and not lacks_rows(read_manifest(folder, shard))
+
+
+def is_labelled(folder: OutputFolder, shard: ShardFile, max_label_length: int) -> bool:
+    """Whether a unit is done, and none of its labels was truncated by a smaller limit of tokens than this."""
     manifest = read_manifest(folder, shard)
-    if manifest is None:
-        return False
-    return not (any(row["reason"].startswith(ffmpeg.NEEDED) for row in manifest["skipped"]) and ffmpeg.is_there())
+    if manifest is None or manifest.get(LIMIT, max_label_length) >= max_label_length:
+        return manifest is not None
+    return not any(row["truncated"] for row in labelled_rows(folder, [shard], ["truncated"]))
+
+
+def labelled_rows(folder: OutputFolder, shards: Iterable[ShardFile], columns: list[str]) -> Iterator[dict]:
+    """Columns of the rows of finished shards."""
+    for path in (folder / shard.name for shard in shards):
+        if path.exists():  # a unit of which no row was left has none
+            for batch in pq.ParquetFile(path).iter_batches(columns=columns):
+                yield from batch.to_pylist()
 
 
 def write_readme(folder: OutputFolder, body: str) -> None:

@@ -15,6 +15,7 @@ from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.audio import AudioError, Window, decode, encode, stack
 from distil_whisper.decoding import Decoded, Decoder
+from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper
@@ -63,18 +64,22 @@ class LabellingSettings:
     num_workers: int
     run_batches: int = RUN_BATCHES
     draft_from_text: bool = False
+    max_window_seconds: float | None = None  # of packed and split windows; None: all that the model takes
 
 
 @dataclass
 class Tally:
     """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; of the last
-    window of each recording what the teacher was told and its tokens, null where it was truncated."""
+    window of each recording what the teacher was told and its tokens, null where it was truncated. earlier: rows that
+    were labelled before, of which the whole ones stay; decoded_seconds: of the windows that did not."""
 
     rows: int = 0
     seconds: float = 0.0
     read: int = 0
     skipped: list[dict] = field(default_factory=list)
     previous: dict[str, list | None] = field(default_factory=dict)
+    earlier: EarlierRows = EarlierRows()
+    decoded_seconds: float = field(default=0.0, compare=False)
 
     def skip(self, reason: str, **row: str | None) -> None:
         """Note a row that cannot be labelled, and what is known of it."""
@@ -142,15 +147,22 @@ class UnitLabeller:
         A tally that has labelled windows makes it begin behind them.
         """
         windows = islice(self.windows(source, unit, tally), tally.rows, None)
+        windows = tally.earlier.beside(windows, self.whisper.window.sampling_rate)
         ready = _ahead(self._with_file, windows, self.settings.num_workers)
         return batched(ready, self.settings.run_batches * self.settings.batch_size)
 
     def rows(self, run: Sequence[WindowAudio], results: Sequence[Decoded], tally: Tally) -> list[dict]:
-        """The labelled rows of the next run of a unit, which are counted in tally."""
-        rows = []
-        for window, result in zip(run, results, strict=True):
-            told, said = (None if window.after_gap else tally.previous.get(window.recording_id)) or (None, None)
-            rows.append(self.row(window, result, said if told == list(window.told) else None))
+        """The labelled rows of the next run of a unit, which are counted in tally; results are of what was decoded."""
+        rows, results = [], iter(results)
+        for window in run:
+            prompt = self._prompt(window, tally)
+            if window.is_labelled:
+                rows.append({**window.earlier, "condition_on_prev": prompt})
+                tally.previous.pop(window.recording_id, None)  # what it is to the next window, it was before
+                continue
+            result = next(results)
+            rows.append(self.row(window, result, prompt))
+            tally.decoded_seconds += rows[-1]["duration"]
             if self.columns.owner or window.cut:
                 spoken = [list(window.told), self.decoder.grammar.spoken(result.ids)]
                 tally.previous[window.recording_id] = None if result.truncated else spoken
@@ -158,8 +170,18 @@ class UnitLabeller:
         tally.seconds += sum(row["duration"] for row in rows)
         return rows
 
+    def _prompt(self, window: WindowAudio, tally: Tally) -> list[int] | None:
+        """The tokens of the window before, of the same recording; None where they are no prompt of this one."""
+        before, recording = tally.previous, window.recording_id
+        if recording not in before and window.earlier is not None:
+            return window.earlier["condition_on_prev"]  # nothing before it has changed
+        last = None if window.after_gap else before.get(recording, tally.earlier.previous.get(recording))
+        told, said = last or (None, None)
+        return said if told == list(window.told) else None
+
     def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
-        """What the teacher says of each window."""
+        """What the teacher says of each window whose label is not there."""
+        run = [window for window in run if not window.is_labelled]
         texts = [self._spoken_text(window) for window in run]
         drafts = texts if self.settings.draft_from_text else None
         lengths = expected_lengths(run, texts)
@@ -173,6 +195,8 @@ class UnitLabeller:
     def windows(self, source: Source, unit: int, tally: Tally) -> Iterator[WindowAudio]:
         """The windows that a unit's rows make."""
         size, rate = self.whisper.window.samples, self.whisper.window.sampling_rate
+        if self.settings.max_window_seconds is not None:
+            size = min(size, int(self.settings.max_window_seconds * rate))
         utterances = self.utterances(source, unit, tally)
         if self.settings.split_long:
             cut = (packing.split(u, size, rate) if len(u.samples) > size else [packing.single(u)] for u in utterances)
@@ -260,8 +284,8 @@ class UnitLabeller:
         }
 
     def _with_file(self, window: WindowAudio) -> WindowAudio:
-        """The window with its audio as FLAC, where it was joined or cut."""
-        if not window.cut and not self.settings.concatenate:
+        """The window with its audio as FLAC, where it was joined or cut and is to be labelled."""
+        if window.is_labelled or (not window.cut and not self.settings.concatenate):
             return window
         return replace(window, flac=encode(window.samples, self.whisper.window.sampling_rate))
 

@@ -26,7 +26,8 @@ class Utterance:
 @dataclass(frozen=True)
 class WindowAudio:
     """What the teacher hears at once: parts of one recording, where each begins in the window (in samples), and where
-    the window begins in its recording (in seconds, known for cut recordings only). flac: the samples as a file."""
+    the window begins in its recording (in seconds, known for cut recordings only). flac: the samples as a file.
+    earlier: the row that was labelled of it with a smaller limit of tokens."""
 
     parts: list[Utterance]
     starts: list[int]
@@ -35,6 +36,12 @@ class WindowAudio:
     window_start: float = 0.0
     cut: bool = False
     flac: bytes | None = None
+    earlier: dict | None = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether its earlier row stays, because its label came to an end."""
+        return self.earlier is not None and not self.earlier["truncated"]
 
     @property
     def recording_id(self) -> str:

@@ -4,39 +4,46 @@ import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
+from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
-from distil_whisper.handoff import ROWS_PER_GROUP, ShardFile, shard_writer
+from distil_whisper.handoff import LIMIT, ROWS_PER_GROUP, ShardFile, lacks_rows, read_manifest, shard_writer
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, remove, write_text
 
 PARTS = f"{RECORDS}/parts"  # below the output folder
+STATE = "state.json"
 
 
 class ShardInProgress:
     """The rows of one unit as they come, and those that an earlier run kept of it.
 
-    `progress` is what was kept last, {} at first; what was kept of other contents of the unit is dropped. Leaving the
-    block with an error drops the rows written since then.
+    `progress` is what was kept last, {} at first; what was kept of other contents of the unit is dropped. Rows that
+    were kept, or finished, with a smaller limit of tokens are `earlier`: all of them are to be written again, and stay
+    where they are until the shard is finished. Leaving the block with an error drops the rows written since `keep`.
     """
 
-    def __init__(self, folder: OutputFolder, shard: ShardFile, features: Features, contents: str | None = None):
+    def __init__(
+        self, folder: OutputFolder, shard: ShardFile, features: Features, contents: str | None, max_label_length: int
+    ):
         self.folder = folder
         self.shard = shard
         self.features = features
         self.contents = contents
+        self.max_label_length = max_label_length
         self.path = folder / f"{PARTS}/{shard.stem}"
-        state = self.path / "state.json"
-        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"contents": contents}
-        if kept.get("contents") != contents:
-            self.forget()
+        self._before = folder / f"{PARTS}/{shard.stem}.before"
+        kept = self._kept(self.path)
+        if kept.get(LIMIT, max_label_length) < max_label_length:
+            self._set_aside()
             kept = {}
-        kept = {"parts": 0, "progress": {}, **kept}
-        self.parts: int = kept["parts"]
-        self.progress: dict = kept["progress"]
+        self.parts: int = kept.get("parts", 0)
+        self.progress: dict = kept.get("progress", {})
+        self.earlier = self._earlier()
         self._open = contextlib.ExitStack()
         self._write = None
 
@@ -59,8 +66,8 @@ class ShardInProgress:
             self._write = None
             self.parts += 1
         self.progress = progress
-        state = {"contents": self.contents, "parts": self.parts, "progress": progress}
-        write_text(self.path / "state.json", json.dumps(state))
+        state = {"contents": self.contents, "parts": self.parts, "progress": progress, LIMIT: self.max_label_length}
+        write_text(self.path / STATE, json.dumps(state))
 
     def finish(self, progress: dict) -> None:
         """Join the parts into the shard's file, the same one wherever they end; there is none without rows."""
@@ -89,10 +96,47 @@ class ShardInProgress:
 
     def forget(self) -> None:
         """Remove the parts."""
-        remove(self.path)
+        for path in (self.path, self._before):
+            (path / STATE).unlink(missing_ok=True)  # first, so that none says that there are parts
+            remove(path)
 
-    def _part(self, number: int):
+    def _kept(self, path: Path) -> dict:
+        """What an earlier run noted of the parts in a folder; nothing, and no parts, if the contents were others."""
+        state = path / STATE
+        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"contents": self.contents}
+        if kept.get("contents") != self.contents:
+            self.forget()
+            return {}
+        return kept
+
+    def _set_aside(self) -> None:
+        """Make the parts the earlier rows, unless these are being made again: then begin that anew."""
+        if (self._before / STATE).exists() or read_manifest(self.folder, self.shard) is not None:
+            remove(self.path)
+        else:
+            remove(self._before)
+            os.replace(self.path, self._before)
+
+    def _earlier(self) -> EarlierRows:
+        finished, manifest = self.folder / self.shard.name, read_manifest(self.folder, self.shard)
+        if manifest is not None:  # where rows come in between, other windows and prompts would belong to the others
+            return EarlierRows((finished,) if finished.exists() and not lacks_rows(manifest) else ())
+        kept = self._kept(self._before)
+        paths = [self._before / self._part(number).name for number in range(kept.get("parts", 0))]
+        # a single part may have become the file already, just before the run was killed
+        paths = tuple(path if path.exists() else finished for path in paths)
+        return EarlierRows(paths, kept.get("progress", {}).get("previous", {}))
+
+    def _part(self, number: int) -> Path:
         return self.path / f"{number:05d}.parquet"
+
+
+def note_limit(folder: OutputFolder, shard: ShardFile, max_label_length: int) -> None:
+    """Note the limit of tokens of what was labelled of a shard, where versions before this one did not."""
+    for path in (folder / shard.manifest, folder / f"{PARTS}/{shard.stem}/{STATE}"):
+        if path.exists():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            write_text(path, json.dumps({LIMIT: max_label_length, **facts}, ensure_ascii=False))
 
 
 def _regrouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

@@ -22,7 +22,8 @@ TRIAL_UNITS, TRIAL_RUNS, ROWS_LOOKED_AT = 4, 2, 200
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a split: rows and shards to label, hours of audio, and what one process needs: seconds and bytes of disk."""
+    """Of a split: rows and shards to label, hours of audio, and what one process needs: seconds and bytes of disk; of
+    the trial, windows and how many of their labels were truncated."""
 
     label: str
     rows: int
@@ -30,6 +31,8 @@ class Plan:
     hours: float
     seconds: float
     bytes: float
+    windows: int = 0
+    truncated: int = 0
 
     def lines(self, processes: int, overhead: float) -> list[str]:
         """The plan in words, for so many processes that each need some seconds before and after the work."""
@@ -38,12 +41,14 @@ class Plan:
             f"{self.label}: {self.rows:,} rows, {self.hours:,.2f} hours of audio, {self.shards:,} shards",
             f"  about {_duration(work)} with {processes} process{'es' if processes > 1 else ''}, "
             f"{self.bytes / 1e6:,.1f} MB of disk",
+            f"  {self.truncated} of {self.windows} labels truncated in the trial "
+            f"({100 * self.truncated / max(self.windows, 1):.1f}%)",
         ]
 
 
 def total(plans: list[Plan]) -> Plan:
     """The plan of several splits together."""
-    names = ("rows", "shards", "hours", "seconds", "bytes")
+    names = ("rows", "shards", "hours", "seconds", "bytes", "windows", "truncated")
     return Plan("in all", *(sum(getattr(plan, name) for plan in plans) for name in names))
 
 
@@ -56,13 +61,14 @@ def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan
     units = len(source.units)
     chosen = sorted({number * units // TRIAL_UNITS for number in range(TRIAL_UNITS)} - {units})
     rows = source.num_rows if source.num_rows is not None else _rows_by_size(source, chosen)
-    heard, took, size = _trial(source, chosen, labeller, features)
+    heard, took, size, labelled = _trial(source, chosen, labeller, features)
     if not heard:
         return Plan(source.label, rows, units, 0.0, 0.0, 0.0)
     lengths = [seconds for unit in chosen for seconds in _lengths(source, source.units[unit], labeller.columns.audio)]
     audio_seconds = statistics.fmean(lengths or [0.0]) * rows
     times = audio_seconds / heard
-    return Plan(source.label, rows, units, audio_seconds / 3600, took * times, size * times)
+    tried = len(labelled), sum(labelled)
+    return Plan(source.label, rows, units, audio_seconds / 3600, took * times, size * times, *tried)
 
 
 def _rows_by_size(source: Source, chosen: list[int]) -> int:
@@ -75,8 +81,11 @@ def _rows_by_size(source: Source, chosen: list[int]) -> int:
     return round(counted * sum(sizes) / sum(sizes[unit] for unit in chosen))
 
 
-def _trial(source: Source, units: list[int], labeller: UnitLabeller, features: Features) -> tuple[float, float, int]:
-    """Label the first windows of units: seconds of audio, the seconds that took, and the bytes of the rows.
+def _trial(
+    source: Source, units: list[int], labeller: UnitLabeller, features: Features
+) -> tuple[float, float, int, list[bool]]:
+    """Label the first windows of units: seconds of audio, the seconds that took, the bytes of the rows, and whether
+    each label was truncated.
 
     The first of all warm the machine up and are done twice.
     """
@@ -84,12 +93,20 @@ def _trial(source: Source, units: list[int], labeller: UnitLabeller, features: F
     warm_up = [UnitAtWork(labeller, source, unit, Tally(), most_runs=1) for unit in units[:1]]
     list(label_units(warm_up, lambda *_: None, workers))
     trials = [UnitAtWork(labeller, source, unit, Tally(), most_runs=TRIAL_RUNS) for unit in units]
+    truncated: list[bool] = []
     with tempfile.TemporaryDirectory() as folder:
         path, began = Path(folder) / "trial.parquet", time.perf_counter()
         with shard_writer(path, features) as write:
-            list(label_units(trials, lambda _, rows: [write(row) for row in rows or ()], workers))
+
+            def keep(_, rows: list[dict] | None) -> None:
+                for row in rows or ():
+                    write(row)
+                    truncated.append(row["truncated"])
+
+            list(label_units(trials, keep, workers))
         took = time.perf_counter() - began
-        return sum(unit.tally.seconds for unit in trials), took, path.stat().st_size if path.exists() else 0
+        size = path.stat().st_size if path.exists() else 0
+        return sum(unit.tally.seconds for unit in trials), took, size, truncated
 
 
 def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float]:

@@ -102,6 +102,10 @@ class Grammar:
             ids += [self.id_of(f"<|{self.language_code(language)}|>"), self.id_of(f"<|{task}|>")]
         return ids if timestamps else [*ids, self.no_timestamps]
 
+    def room(self, timestamps: bool) -> int:
+        """The most tokens of a label: what the prefix leaves of the decoder's positions."""
+        return self.max_positions - (3 if self.multilingual else 1) - (not timestamps)
+
     def is_timestamp(self, token: int) -> bool:
         """Whether a token is one of the timestamp tokens."""
         return token >= self.timestamp_begin

@@ -32,9 +32,9 @@ def run(script: str, *flags) -> None:
 
 
 def label(teacher, data, output, *flags) -> Path:
-    """Stage 1, without trackers."""
+    """Stage 1, without trackers, however many labels a toy teacher does not end."""
     names = ["--model_name_or_path", teacher, "--dataset_name", data, "--output_dir", output, "--report_to", "none"]
-    run("run_pseudo_labelling", *names, *flags)
+    run("run_pseudo_labelling", *names, "--max_truncated", 100, *flags)
     return Path(output)
 
 

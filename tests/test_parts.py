@@ -10,7 +10,7 @@ from distil_whisper.parts import ShardInProgress
 
 FEATURES = Features({"row": Value("int64"), "text": Value("string")})
 SHARD = ShardFile("default", "train", 0, 1)
-COUNT = 2 * ROWS_PER_GROUP + 30
+COUNT, TOKENS = 2 * ROWS_PER_GROUP + 30, 128
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def rows(first, last):
 
 def write(folder, first, kept_every, last=COUNT, died_at=None):
     """Write rows from one on, as a run does that dies before a row, if at all."""
-    with ShardInProgress(folder, SHARD, FEATURES) as shard:
+    with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
         assert shard.progress.get("rows", 0) == first
         for row in rows(first, last):
             if row["row"] == died_at:
@@ -57,11 +57,11 @@ def test_the_file_is_the_same_wherever_parts_end_and_the_run_was_killed(folder, 
 
 
 def test_what_was_kept_of_other_contents_is_dropped(folder):
-    with ShardInProgress(folder, SHARD, FEATURES, "one file") as shard:
+    with ShardInProgress(folder, SHARD, FEATURES, "one file", TOKENS) as shard:
         shard.write(rows(0, 1)[0])
         shard.keep({"rows": 1})
-    assert ShardInProgress(folder, SHARD, FEATURES, "one file").progress == {"rows": 1}
-    with ShardInProgress(folder, SHARD, FEATURES, "another") as shard:
+    assert ShardInProgress(folder, SHARD, FEATURES, "one file", TOKENS).progress == {"rows": 1}
+    with ShardInProgress(folder, SHARD, FEATURES, "another", TOKENS) as shard:
         assert shard.progress == {}
         shard.write(rows(1, 2)[0])
         shard.drop()
@@ -74,11 +74,11 @@ def test_a_unit_without_rows_has_no_file(folder):
 
 
 def test_a_shard_whose_manifest_is_missing_is_joined_again(folder):
-    with ShardInProgress(folder, SHARD, FEATURES) as shard:
+    with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
         for row in rows(0, 5):
             shard.write(row)
         shard.finish({"rows": 5})
-    with ShardInProgress(folder, SHARD, FEATURES) as again:
+    with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as again:
         assert again.progress == {"rows": 5}
         again.finish({"rows": 5})
     assert pq.read_table(folder / SHARD.name).to_pylist() == rows(0, 5)

@@ -76,11 +76,12 @@ def test_splits_are_read_apart_and_figures_are_those_of_jiwer(taught, teacher, s
         hours = round(sum(row["duration"] for row in rows) / 3600, 3)
         assert f"split default/{split}, rows {count}, hours {hours}, mean_fill" in said
         cut = sum(row["truncated"] for row in rows)
-        told = f"truncated {cut}, languages en, tasks transcribe"
+        share = round(100 * cut / count, 1)
+        told = f"truncated {cut}, truncated_percent {share}, languages en, tasks transcribe"
         assert f"read {count}, skipped 0, {told}, wer {wer}, cer {cer}" in said
         assert (
             f"| default/{split} | {count} | {hours} | " in card
-            and f" | {count} | 0 | {cut} | en | transcribe | {wer} | {cer} |" in card
+            and f" | {count} | 0 | {cut} | {share} | en | transcribe | {wer} | {cer} |" in card
         )
         (line,) = metrics(folder, f"default/{split}/wer")
         assert (line[f"default/{split}/wer"], line[f"default/{split}/cer"]) == (wer, cer)
