@@ -16,6 +16,7 @@ REMOVED = "removed_spans"  # a key of rows that were cut: [start, end] in second
 # How far a segment may reach into a neighbour's audio, in seconds and as a share of its length: timestamps are rough,
 # and often stand somewhere in the silence where two recordings meet. benchmarks/cutting.py shows what it does.
 COLLAR, COLLAR_SHARE = 0.3, 0.25
+CLEAR_COLLAR = 0.1  # the same, shorter than a word, of segments with words of which only the times say whose they are
 ANCHOR = 2  # words at either side of a border that must be as the transcripts say, where the text alone is to tell it
 _PARTS = ("utterance_ids", "utterance_starts", "utterance_texts")
 _INF = float("inf")
@@ -186,9 +187,9 @@ def _kept(
     for segment in segments:
         mine, last = segment.utterances(starts), first + len(segment.words)
         claimed = owners.claimed[mine, first:last].any(0)
-        if not claimed.all():  # the times alone say whose such a word is, so they must be clear
-            mine = segment.utterances(starts, TIME_PRECISION)
-        if last > first and not claimed.any():
+        if not claimed.all():
+            mine = segment.utterances(starts, CLEAR_COLLAR)
+        if last > first and not claimed.any():  # nothing but rough times says that it is not a neighbour's
             mine = slice(max(mine.start - 1, 0), mine.stop + 1)
         if bad[mine].any() and not bad[mine].all():
             return None

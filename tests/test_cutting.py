@@ -1,5 +1,6 @@
 """Utterances that are cut out of packed windows: words, times and audio go together, or the window goes whole."""
 
+import json
 import random
 from argparse import Namespace
 from functools import cache
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.cutting import KINDS, STYLES, simulate
+from benchmarks.cutting import main as benchmark
 from distil_whisper.alignment import word_owners
 from distil_whisper.cutting import REMOVED, cut_samples, cut_utterances
 from distil_whisper.normalisation import normaliser
@@ -218,6 +220,14 @@ def test_in_simulated_windows_text_and_audio_stay_together(joined, spaceless):
     outcomes = [simulate(kind, joined, args) for kind in KINDS]
     assert sum(outcome.cut for outcome in outcomes) > 50 and not any(outcome.wrong for outcome in outcomes)
     assert sum(outcome.lost for outcome in outcomes) < 0.85 * sum(outcome.lost_uncut for outcome in outcomes)
+
+
+def test_the_simulation_prints_what_it_writes(tmp_path, capsys):
+    benchmark(["--windows", "8", "--json", str(tmp_path / "figures.json")])
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert [line.split(" | ")[0] for line in lines] == [f"| {kind}" for kind in KINDS] and next(iter(STYLES)) in header
+    assert f"of {found['empty']['timestamps']['cut']} wrong" in lines[KINDS.index("empty")]
 
 
 def test_the_owners_of_words_are_those_of_all_alignments():
