@@ -28,7 +28,8 @@ from distil_whisper.models import LoadedWhisper
 from distil_whisper.outputs import OutputFolder
 from distil_whisper.progress import quiet_libraries
 from distil_whisper.report import Report, evaluate
-from distil_whisper.transcribers import Chunked, Fallback, Sequential
+from distil_whisper.sequential import Fallback, Sequential
+from distil_whisper.transcribers import Chunked
 
 STAGE = "run_long_form_eval"
 

@@ -17,6 +17,7 @@ from distil_whisper.greedy import greedy_search
 from distil_whisper.models import LoadedWhisper, encoder_states
 from distil_whisper.rules import Rules
 from distil_whisper.steps import DecoderSteps
+from distil_whisper.tokens import Grammar
 
 # Whisper's own generate sets these off with its inner call, whatever it is given (transformers 5.23): it passes a
 # generation config together with two of its fields, and fills in a max_length beside our max_new_tokens
@@ -99,7 +100,7 @@ class Decoder:
             found = drafted_search(decode, prefix, most, drafts, self.grammar.opening)
         else:
             found = greedy_search(decode, prefix, most)
-        return self._decoded(found.tokens, found.logprobs, found.first_logits)
+        return decoded(self.grammar, found.tokens, found.logprobs, found.first_logits)
 
     def _steps_of(self, encoded: torch.Tensor, most: int) -> DecoderSteps:
         """The decoder at its beginning: the one before, if there are graphs of it and the batch is no larger."""
@@ -139,22 +140,27 @@ class Decoder:
         if output.sequences[0, : len(prefix)].tolist() != prefix:
             raise RuntimeError(f"generate began with {output.sequences[0].tolist()}, expected {prefix}")
         logprobs = scores.of_tokens(generated, output.beam_indices)
-        return self._decoded(generated.tolist(), logprobs.tolist(), captured[0][:: self.num_beams, 0].float())
+        return decoded(self.grammar, generated.tolist(), logprobs.tolist(), captured[0][:: self.num_beams, 0].float())
 
-    def _decoded(self, tokens: list[list[int]], logprobs: list[list[float]], first: torch.Tensor) -> list[Decoded]:
-        """Results from tokens and their log-probabilities by row, and the logits behind <|startoftranscript|>."""
-        no_speech = first.softmax(-1)[:, self.grammar.no_speech].tolist()
-        codes, ids = list(self.grammar.languages), list(self.grammar.languages.values())
-        languages = [codes[place] for place in first[:, ids].argmax(-1).tolist()] if codes else [None] * len(first)
-        return [self._until_end(*row) for row in zip(tokens, logprobs, no_speech, languages, strict=True)]
 
-    def _until_end(
-        self, tokens: list[int], logprobs: list[float], no_speech_prob: float, language: str | None
-    ) -> Decoded:
-        truncated = self.grammar.end not in tokens
-        ids = tokens if truncated else tokens[: tokens.index(self.grammar.end)]
-        counted = len(ids) + 1  # with the end token: openai/whisper divides by it even where none came
-        return Decoded(ids, truncated, sum(logprobs[:counted]) / counted, no_speech_prob, language)
+def decoded(
+    grammar: Grammar, tokens: list[list[int]], logprobs: list[list[float]], first: torch.Tensor
+) -> list[Decoded]:
+    """Results from tokens and their log-probabilities by row, and the logits behind <|startoftranscript|>."""
+    no_speech = first.softmax(-1)[:, grammar.no_speech].tolist()
+    codes, ids = list(grammar.languages), list(grammar.languages.values())
+    languages = [codes[place] for place in first[:, ids].argmax(-1).tolist()] if codes else [None] * len(first)
+    rows = zip(tokens, logprobs, no_speech, languages, strict=True)
+    return [_until_end(grammar.end, *row) for row in rows]
+
+
+def _until_end(
+    end: int, tokens: list[int], logprobs: list[float], no_speech_prob: float, language: str | None
+) -> Decoded:
+    truncated = end not in tokens
+    ids = tokens if truncated else tokens[: tokens.index(end)]
+    counted = len(ids) + 1  # with the end token: openai/whisper divides by it even where none came
+    return Decoded(ids, truncated, sum(logprobs[:counted]) / counted, no_speech_prob, language)
 
 
 class SearchScores(LogitsProcessor):

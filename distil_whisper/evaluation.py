@@ -78,8 +78,10 @@ class Transcriber(Protocol):
     def is_full(self, waveforms: list[np.ndarray]) -> bool:
         """Whether so many recordings are worth a call."""
 
-    def __call__(self, waveforms: list[np.ndarray], language: str | None, task: str | None) -> list[Transcript]:
-        """One transcript for each recording."""
+    def __call__(
+        self, waveforms: list[np.ndarray], language: str | None, task: str | None, names: list[str]
+    ) -> list[Transcript]:
+        """One transcript for each recording, by the names (row ids) of the recordings the same again."""
 
 
 def check_arguments(args) -> None:
@@ -247,8 +249,9 @@ class Evaluator:
     def _transcribe(self, batch: list[Recording], split: EvaluationSet) -> tuple[list[tuple[Place, dict]], Timing]:
         """The rows of a batch with what was heard, and what that took."""
         waveforms = [recording.samples for recording in batch]
+        names = [recording.row_id for recording in batch]
         began = self._now()
-        transcripts = self.transcriber(waveforms, split.language, split.task)
+        transcripts = self.transcriber(waveforms, split.language, split.task, names)
         took = self._now() - began
         seconds = [len(waveform) / self.whisper.window.sampling_rate for waveform in waveforms]
         timing = Timing(sum(seconds), took, warm_up=not self.is_warm)

@@ -1,25 +1,23 @@
-"""Waveforms to text, in the three ways that are evaluated: short-form, and long-form chunked or sequential."""
+"""Waveforms to text: recordings that fit the window, and longer ones in chunks. sequential.py is the third way."""
 
 import logging
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from transformers import AutomaticSpeechRecognitionPipeline
 
-from distil_whisper.audio import LogMel, stack
+from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper
-from distil_whisper.tokens import plain_text
+from distil_whisper.tokens import Grammar, plain_text
 
 # Of chunks that end within a word, which are joined by their words then.
 NOISE = "Whisper did not predict an ending timestamp"
 logging.getLogger("transformers.models.whisper.tokenization_whisper").addFilter(
     lambda record: not record.msg.startswith(NOISE)
 )
-TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # openai/whisper's
 LONGEST_PREFIX = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 
 
@@ -29,20 +27,6 @@ class Transcript:
 
     text: str
     details: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """When the sequential algorithm tries again at a higher temperature, as in openai/whisper.
-
-    compression_ratio is of token bytes (transformers' measure); a window with a lower mean logprob than `logprob` is
-    repeated, or skipped as silence if its no-speech probability is above `no_speech`.
-    """
-
-    compression_ratio: float = 1.35
-    logprob: float = -1.0
-    no_speech: float = 0.6
-    seed: int = 42
 
 
 class ShortForm:
@@ -57,7 +41,9 @@ class ShortForm:
         """Whether so many recordings make a batch."""
         return len(waveforms) >= self.batch_size
 
-    def __call__(self, waveforms: list[np.ndarray], language: str | None, task: str | None) -> list[Transcript]:
+    def __call__(
+        self, waveforms: list[np.ndarray], language: str | None, task: str | None, names: list[str]
+    ) -> list[Transcript]:
         """Transcribe recordings (mono at the model's rate). Raises ValueError for one longer than the window."""
         decoded = self.decoder(stack(waveforms, self.window), language, task)
         return [self._transcript(row.ids, row.truncated) for row in decoded]
@@ -116,14 +102,16 @@ class Chunked:
         """Whether the chunks of so many recordings fill a batch."""
         return sum(math.ceil(len(waveform) / self.step) for waveform in waveforms) >= self.batch_size
 
-    def __call__(self, waveforms: list[np.ndarray], language: str | None, task: str | None) -> list[Transcript]:
+    def __call__(
+        self, waveforms: list[np.ndarray], language: str | None, task: str | None, names: list[str]
+    ) -> list[Transcript]:
         """Transcribe recordings (mono at the model's rate), the chunks of all of them in common batches."""
         self.pipeline.call_count = 0  # it is given whole batches, and would warn after ten that it is not
         outputs = self.pipeline(
             waveforms,
             batch_size=self.batch_size,
             return_timestamps=self.return_timestamps,
-            generate_kwargs={**self.options, **told(self.whisper, language, task)},
+            generate_kwargs={**self.options, **told(self.whisper.grammar, language, task)},
         )
         return [self._transcript(output) for output in outputs]
 
@@ -137,88 +125,6 @@ class Chunked:
         return Transcript(" ".join(output["text"].split()), {"segments": segments})
 
 
-class Sequential:
-    """Transcribes recordings of any length window after window, each from the last timestamp of the one before.
-
-    The algorithm of the Whisper paper (section 3.8), by transformers' generate, for a batch of recordings at once.
-    """
-
-    def __init__(
-        self,
-        whisper: LoadedWhisper,
-        batch_size: int,
-        num_beams: int = 1,
-        max_label_length: int | None = None,
-        condition_on_prev_tokens: bool = False,
-        fallback: Fallback | None = None,
-        return_timestamps: bool = False,
-    ):
-        self.whisper = whisper
-        self.batch_size = batch_size
-        self.log_mel = LogMel(whisper.feature_extractor).to(whisper.model.device)
-        self.fallback = fallback
-        self.return_timestamps = return_timestamps
-        self.options = {
-            "num_beams": num_beams,
-            "max_new_tokens": new_tokens(whisper, max_label_length, prompted=condition_on_prev_tokens),
-            "condition_on_prev_tokens": condition_on_prev_tokens,
-        }
-        if fallback is not None:
-            self.options |= {
-                "temperature": TEMPERATURES,
-                "compression_ratio_threshold": fallback.compression_ratio,
-                "logprob_threshold": fallback.logprob,
-                "no_speech_threshold": fallback.no_speech,
-            }
-
-    def is_full(self, waveforms: list[np.ndarray]) -> bool:
-        """Whether so many recordings make a batch."""
-        return len(waveforms) >= self.batch_size
-
-    @torch.no_grad()
-    def __call__(self, waveforms: list[np.ndarray], language: str | None, task: str | None) -> list[Transcript]:
-        """Transcribe recordings (mono at the model's rate)."""
-        features, mask = self._features(waveforms)
-        if self.fallback is not None:
-            torch.manual_seed(self.fallback.seed)  # for the same samples, whatever was transcribed before
-        output = self.whisper.model.generate(
-            features,
-            attention_mask=mask,
-            return_timestamps=True,
-            return_segments=True,
-            **self.options,
-            **told(self.whisper, language, task),
-        )
-        return [self._transcript(segments) for segments in output["segments"]]
-
-    def _features(self, waveforms: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-mel frames [B, mels, frames] of the longest recording, one window at least, and which of them are not
-        padding, [B, frames]."""
-        model, hop = self.whisper.model, self.log_mel.hop_length
-        frames = [math.ceil(len(waveform) / hop) for waveform in waveforms]
-        batch = torch.zeros(len(waveforms), max(self.whisper.window.frames, *frames) * hop)
-        for row, waveform in zip(batch, waveforms, strict=True):
-            row[: len(waveform)] = torch.from_numpy(waveform)
-        features = self.log_mel(batch.to(model.device)).to(model.dtype)
-        mask = torch.arange(features.shape[-1])[None] < torch.tensor(frames)[:, None]
-        return features, mask.long().to(model.device)
-
-    def _transcript(self, segments: list[dict]) -> Transcript:
-        decode = self.whisper.grammar.decode
-        text = plain_text("".join(decode(segment["tokens"].tolist()) for segment in segments))
-        if not self.return_timestamps:
-            return Transcript(text)
-        timed = [
-            {
-                "start": round(float(segment["start"]), 2),
-                "end": round(float(segment["end"]), 2),
-                "text": plain_text(decode(segment["tokens"].tolist())),
-            }
-            for segment in segments
-        ]
-        return Transcript(text, {"segments": timed})
-
-
 def new_tokens(whisper: LoadedWhisper, max_label_length: int | None, prompted: bool = False) -> int:
     """The most new tokens of a window: the limit, or what prefix and prompt leave of the decoder's positions."""
     positions = whisper.grammar.max_positions
@@ -226,6 +132,6 @@ def new_tokens(whisper: LoadedWhisper, max_label_length: int | None, prompted: b
     return left if max_label_length is None else min(left, max_label_length)
 
 
-def told(whisper: LoadedWhisper, language: str | None, task: str | None) -> dict:
+def told(grammar: Grammar, language: str | None, task: str | None) -> dict:
     """What generate is told of language and task: nothing for an English-only model."""
-    return {"language": language, "task": task} if whisper.grammar.multilingual else {}
+    return {"language": language, "task": task} if grammar.multilingual else {}

@@ -16,7 +16,8 @@ from transformers import AutomaticSpeechRecognitionPipeline
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper
-from distil_whisper.transcribers import Chunked, Sequential
+from distil_whisper.sequential import Sequential
+from distil_whisper.transcribers import Chunked
 
 FLAGS = ("--language", "en", "--generation_max_length", 8, "--report_to", "none")
 
@@ -131,7 +132,9 @@ def test_long_form_transcribes_all_of_a_recording(toy_teacher, long_folder, tmp_
 def test_chunks_are_those_of_the_pipeline(toy_teacher, long_folder):
     whisper = load_whisper(toy_teacher, device="cpu")
     samples = np.random.default_rng(0).standard_normal(9 * 16_000).astype(np.float32)
-    ours = Chunked(whisper, 2, 4.0, 1.0, max_label_length=8, return_timestamps=True)([samples], "en", "transcribe")[0]
+    ours = Chunked(whisper, 2, 4.0, 1.0, max_label_length=8, return_timestamps=True)(
+        [samples], "en", "transcribe", ["a recording"]
+    )[0]
     pipeline = AutomaticSpeechRecognitionPipeline(
         whisper.model, tokenizer=whisper.tokenizer, feature_extractor=whisper.feature_extractor, ignore_warning=True
     )
@@ -147,7 +150,7 @@ def test_chunks_are_those_of_the_pipeline(toy_teacher, long_folder):
 def test_sequential_is_generate_on_the_whole_recording(toy_teacher):
     whisper = load_whisper(toy_teacher, device="cpu")
     samples = np.random.default_rng(0).standard_normal(9 * 16_000).astype(np.float32)
-    ours = Sequential(whisper, 1, max_label_length=8)([samples], "en", "transcribe")[0].text
+    ours = Sequential(whisper, 1, max_label_length=8)([samples], "en", "transcribe", ["a recording"])[0].text
     inputs = whisper.feature_extractor(
         samples,
         sampling_rate=16_000,

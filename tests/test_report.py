@@ -98,7 +98,7 @@ def test_predictions_and_figures_belong_together(lively, speech_folder, utteranc
     assert [row["seconds"] for row in rows] == [round(len(u.samples) / 16_000, 3) for u in utterances]
     whisper = load_whisper(str(lively), device="cpu")
     transcriber = ShortForm(Decoder(whisper, max_label_length=8, return_timestamps=True), whisper, 1)
-    alone = [transcriber([decode(u.encoded(), 16_000)], "hi", "transcribe")[0] for u in utterances]
+    alone = [transcriber([decode(u.encoded(), 16_000)], "hi", "transcribe", [u.id])[0] for u in utterances]
     assert len({transcript.details["timestamped"] for transcript in alone}) > 5
     assert [row["timestamped"] for row in rows] == [transcript.details["timestamped"] for transcript in alone]
     assert [row["prediction"] for row in rows] == [transcript.text for transcript in alone]
@@ -129,7 +129,7 @@ def timed(toy_teacher, speech_folder, monkeypatch):
             def is_full(self, waveforms):
                 return len(waveforms) == batch
 
-            def __call__(self, waveforms, language, task):
+            def __call__(self, waveforms, language, task, names):
                 if len(sizes) == broken:
                     raise KeyboardInterrupt
                 sizes.append(len(waveforms))

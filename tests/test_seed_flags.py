@@ -19,8 +19,9 @@ import run_distillation
 import run_pseudo_labelling
 from distil_whisper import engine, evaluation, labelling, mixing, validation
 from distil_whisper.distiller import Distiller
+from distil_whisper.sequential import Sequential
 from distil_whisper.trackers import resolve_report_to
-from distil_whisper.transcribers import Sequential, ShortForm
+from distil_whisper.transcribers import ShortForm
 
 COMMANDS = {
     "run_pseudo_labelling": """

@@ -1,10 +1,9 @@
-"""Short-form, chunked and sequential transcription of a model whose every window has words of its own."""
+"""Short-form and chunked transcription of a model whose every window has words of its own."""
 
 import logging
 
 import numpy as np
 import pytest
-import torch
 from test_decoding import enliven
 
 from distil_whisper.audio import stack
@@ -12,9 +11,10 @@ from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper
 from distil_whisper.tokens import plain_text
-from distil_whisper.transcribers import Chunked, Fallback, Sequential, ShortForm
+from distil_whisper.transcribers import Chunked, ShortForm
 
 TOLD = ("hi", "transcribe")
+NAMES = ["a", "b", "c"]  # of recordings
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_short_form_gives_text_marks_and_whether_the_limit_was_met(whisper, utte
     decoder = Decoder(whisper, max_label_length=12, return_timestamps=timestamps)
     transcriber = ShortForm(decoder, whisper, batch_size=6)
     assert (transcriber.is_full(waveforms[:5]), transcriber.is_full(waveforms)) == (False, True)
-    found = transcriber(waveforms, *TOLD)
+    found = transcriber(waveforms, *TOLD, NAMES)
     expected = decoder(stack(waveforms, whisper.window), *TOLD)
     assert len({transcript.text for transcript in found}) > 1
     for transcript, decoded in zip(found, expected, strict=True):
@@ -51,14 +51,14 @@ def test_short_form_gives_text_marks_and_whether_the_limit_was_met(whisper, utte
 
 def test_short_form_never_cuts_a_recording(whisper, noises):
     with pytest.raises(ValueError, match="do not fit a window of 4 s"):
-        ShortForm(Decoder(whisper), whisper, batch_size=1)(noises[:1], *TOLD)
+        ShortForm(Decoder(whisper), whisper, batch_size=1)(noises[:1], *TOLD, NAMES)
 
 
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_chunks_of_several_recordings_in_one_batch_are_those_of_each_alone(whisper, noises, timestamps):
     options = {"max_label_length": 12, "return_timestamps": timestamps}
-    together = Chunked(whisper, 4, 4.0, **options)(noises, *TOLD)
-    alone = [Chunked(whisper, 1, 4.0, **options)([noise], *TOLD)[0] for noise in noises]
+    together = Chunked(whisper, 4, 4.0, **options)(noises, *TOLD, NAMES)
+    alone = [Chunked(whisper, 1, 4.0, **options)([noise], *TOLD, NAMES)[0] for noise in noises]
     assert [transcript.text for transcript in together] == [transcript.text for transcript in alone]
     assert any(transcript.text for transcript in together)
     assert [transcript.details for transcript in together] == [transcript.details for transcript in alone]
@@ -92,56 +92,3 @@ def test_recordings_are_gathered_until_their_chunks_fill_a_batch(whisper, noises
 def test_chunks_that_cannot_be_are_refused(whisper, chunk, stride, sentence):
     with pytest.raises(UserError, match=sentence):
         Chunked(whisper, 1, chunk, stride)
-
-
-def generated(whisper, noises, **options) -> list[str]:
-    """What transformers' own long-form generation says of recordings in one batch."""
-    inputs = whisper.feature_extractor(
-        noises,
-        sampling_rate=16_000,
-        truncation=False,
-        padding="longest",
-        return_attention_mask=True,
-        return_tensors="pt",
-    )
-    told = {"language": TOLD[0], "task": TOLD[1], "return_timestamps": True, "max_new_tokens": 12, "num_beams": 1}
-    ids = whisper.model.generate(**inputs, **told, **options)
-    return [plain_text(whisper.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
-
-
-@pytest.mark.parametrize("condition", [False, True])
-def test_sequential_is_generate_for_a_batch_of_recordings(whisper, noises, condition):
-    sequential = Sequential(whisper, 3, max_label_length=12, condition_on_prev_tokens=condition)
-    found = [transcript.text for transcript in sequential(noises, *TOLD)]
-    assert found == generated(whisper, noises, condition_on_prev_tokens=condition)
-    assert any(found)
-
-
-def test_sequential_segments_hold_the_text_in_order_of_time(whisper, noises):
-    for transcript in Sequential(whisper, 3, max_label_length=12, return_timestamps=True)(noises, *TOLD):
-        segments = transcript.details["segments"]
-        assert segments and all(segment["start"] <= segment["end"] for segment in segments)
-        assert "".join(segment["text"] for segment in segments).replace(" ", "") == transcript.text.replace(" ", "")
-
-
-def test_fallback_repeats_only_what_misses_its_thresholds_and_draws_the_same_again(whisper, noises):
-    def texts(fallback):
-        sequential = Sequential(whisper, 3, max_label_length=12, fallback=fallback)
-        torch.manual_seed(torch.seed())  # whatever was drawn before
-        return [transcript.text for transcript in sequential(noises, *TOLD)]
-
-    never = Fallback(compression_ratio=1e6, logprob=-1e6, no_speech=1.0)
-    always = Fallback(compression_ratio=1e6, logprob=0.0, no_speech=1.0)
-    assert texts(never) == texts(None)
-    assert texts(always) == texts(always)
-    assert texts(always) != texts(None)
-    silent = Fallback(compression_ratio=1e6, logprob=0.0, no_speech=0.0)  # unlikely text, and always "silence"
-    assert texts(silent) == ["", "", ""]
-
-
-def test_the_prompt_leaves_room_for_a_window(whisper):
-    positions = whisper.grammar.max_positions
-    for prompted, left in ((False, positions - 4), (True, positions - 4 - positions // 2)):
-        for limit, most in ((None, left), (10, 10), (10 * positions, left)):
-            sequential = Sequential(whisper, 1, max_label_length=limit, condition_on_prev_tokens=prompted)
-            assert sequential.options["max_new_tokens"] == most
