@@ -44,6 +44,7 @@ from distil_whisper.trackers import METRICS_FILE, Trackers
 from distil_whisper.trainer_state import Evaluation, TrainerState
 from distil_whisper.training_sets import Mixture, open_training_sets, open_validation_sets
 from distil_whisper.validation import Validator
+from distil_whisper.verdicts import VerdictFiles
 
 STAGE = "run_distillation"
 SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
@@ -637,7 +638,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
     args, student = run.args, run.student
     settings = LabelSettings(args.timestamp_probability, args.condition_on_prev_probability, args.seed)
     labeller = Labeller(student.grammar, settings)
-    sets = open_training_sets(args, student, labeller, run.accelerator.print)
+    sets = open_training_sets(args, student, labeller, VerdictFiles(folder, run.accelerator), run.accelerator.print)
     augment = WaveformAugment(args.noise_probability, tuple(args.noise_snr_db), tuple(args.speed_perturbation))
     caching = args.cache_encoder_outputs or args.cache_teacher_states
     if caching:

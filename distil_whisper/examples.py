@@ -149,15 +149,25 @@ class Labeller:
     ) -> Sequence | None:
         """What the decoders see of a row on a visit, its audio faster by a factor; None if the label does not fit.
 
-        A prompt that cannot be used is left out. Raises UserError for a label that cannot be.
+        Raises UserError for a label that cannot be used.
         """
-        settings, grammar = self.settings, self.grammar
-        timestamp_draw, prompt_draw = draws(settings.seed, visit, row_id)
-        target = at_speed(self.target(row, columns), speed, grammar, window_seconds)
-        if timestamp_draw >= settings.timestamp_probability:
-            target = grammar.without_timestamps(target)
+        target = at_speed(self.target(row, columns), speed, self.grammar, window_seconds)
+        return self.variant(row, columns, target, *self.drawn(row_id, visit))
+
+    def drawn(self, row_id: str, visit: int) -> tuple[bool, bool]:
+        """Whether a row keeps its timestamps on a visit, and whether it is given its prompt."""
+        timestamp_draw, prompt_draw = draws(self.settings.seed, visit, row_id)
+        settings = self.settings
+        return timestamp_draw < settings.timestamp_probability, prompt_draw < settings.condition_on_prev_probability
+
+    def variant(
+        self, row: dict, columns: LabelColumns, target: Target, timestamps: bool, prompted: bool
+    ) -> Sequence | None:
+        """What the decoders see of a target with or without its timestamps and the row's prompt; None if it does not
+        fit. A prompt that cannot be used is left out."""
+        target = target if timestamps else self.grammar.without_timestamps(target)
         prompt, left_out = [], False
-        if columns.pseudo and prompt_draw < settings.condition_on_prev_probability:
+        if columns.pseudo and prompted:
             try:
                 prompt = self.prompt(row, target.has_timestamps)
             except UserError:

@@ -2,11 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-
-import numpy as np
 
 from distil_whisper.alignment import utterance_errors
 from distil_whisper.cutting import cut_utterances
@@ -14,14 +10,12 @@ from distil_whisper.errors import UserError
 from distil_whisper.examples import LabelColumns, Labeller
 from distil_whisper.multilingual import characters
 from distil_whisper.normalisation import Normaliser, is_spaceless
-from distil_whisper.progress import bar
 from distil_whisper.tokens import compression_ratio, plain_text
 
 KEPT = "kept"
 UNREADABLE = f"{KEPT}, to be skipped in training: its label cannot be read"
 CUT = "kept without the utterances above --wer_threshold"
 MISMATCH = "another language than the teacher was told"
-ROWS_PER_TASK = 5_000
 
 
 # What a teacher's own figures say against a row: the threshold, and whether values below or above it are left out.
@@ -222,24 +216,6 @@ def ngram_repeats(words: list[str], size: int = NGRAM) -> int:
     return max(counts.values(), default=0)
 
 
-def keep_rows(dataset, row_filter: RowFilter, num_proc: int) -> tuple[np.ndarray, Counter]:
-    """Indices of the rows of a map-style dataset (without its audio) that are kept, and the count of each reason.
-
-    Several processes are spawned, not forked: a fork after torch has started its threads can hang for ever.
-    """
-    spans = [(start, min(start + ROWS_PER_TASK, len(dataset))) for start in range(0, len(dataset), ROWS_PER_TASK)]
-    tasks = [(dataset, row_filter, span) for span in spans]
-    workers = min(num_proc, len(tasks))
-    options = {"total": len(tasks), "desc": "filtering", "unit": f" x {ROWS_PER_TASK} rows"}
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            verdicts = list(bar(pool.map(_verdicts, tasks), **options))
-    else:
-        verdicts = list(bar(map(_verdicts, tasks), **options))
-    reasons = [reason for part in verdicts for reason in part]
-    return np.flatnonzero([is_kept(reason) for reason in reasons]), Counter(reasons)
-
-
 def is_given(limit: float | bool | None) -> bool:
     """Whether a limit is one; 0 is."""
     return limit is not None and limit is not False
@@ -264,8 +240,3 @@ def table(counts: Iterable[tuple[str, Counter]]) -> str:
         lines.append(f"{name}: {kept} of {total} rows kept")
         lines += [f"  {count:>8}  {reason}" for reason, count in counter.most_common() if reason != KEPT]
     return "\n".join(lines)
-
-
-def _verdicts(task) -> list[str]:
-    dataset, row_filter, (start, end) = task
-    return [row_filter(row) for row in dataset.select(range(start, end))]

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from distil_whisper.errors import UserError
 from distil_whisper.examples import Example, ExampleMaker, LabelColumns, Labeller
 from distil_whisper.filtering import RowFilter
 from distil_whisper.reading import Source
@@ -24,16 +23,28 @@ GROUPED_BATCHES = 50  # batches in which rows are sorted by length together
 
 @dataclass
 class TrainingSet:
-    """One dataset of the mixture. `kept` are its usable rows when it is map-style."""
+    """One dataset of the mixture. `kept` are its usable rows when it is map-style, and `lengths` what those take (see
+    verdicts.lengths_of) [kept, 2, 2] where rows of like length are to share a batch."""
 
     source: Source
     columns: LabelColumns
     row_filter: RowFilter
     kept: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    lengths: np.ndarray | None = None
 
     def row_id(self, row: dict, unit: int, number: int) -> str:
         """The identity that the labelling stage gave the row, else the one that its place gives it."""
         return row.get("row_id") or self.source.row_id(unit, number)
+
+    def row_ids(self, positions: np.ndarray) -> list[str]:
+        """The identities of kept rows, read together."""
+        indices = self.kept[positions].tolist()
+        own = [None] * len(indices)
+        if "row_id" in self.source.column_names and indices:
+            own = self.source.dataset.with_format("arrow", columns=["row_id"])[indices]["row_id"].to_pylist()
+        return [
+            self.row_id({"row_id": row_id}, *self.source.locate(i)) for row_id, i in zip(own, indices, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -107,28 +118,22 @@ def visit_of_mixture(visit: int, dataset: int, datasets: int) -> int:
 
 
 class LabelLengths:
-    """How many decoder positions rows take in an epoch, prompts included; their audio is not read."""
+    """How many decoder positions samples take, prompts included, by the lengths that are known of their rows."""
 
-    def __init__(self, sets: list[TrainingSet], labeller: Labeller, audio_column: str):
+    def __init__(self, sets: list[TrainingSet], labeller: Labeller):
         self.sets = sets
         self.labeller = labeller
-        self.tables = [training_set.source.dataset.remove_columns(audio_column) for training_set in sets]
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """The lengths of (dataset, row, visit) samples [n, 3]; 0 for what trains nothing."""
-        return np.array([self._length(*sample) for sample in samples.tolist()])
-
-    def _length(self, dataset: int, position: int, visit: int) -> int:
-        training_set = self.sets[dataset]
-        index = int(training_set.kept[position])
-        row = training_set.row_filter.trimmed(self.tables[dataset][index])
-        row_id = training_set.row_id(row, *training_set.source.locate(index))
-        visit = visit_of_mixture(visit, dataset, len(self.sets))
-        try:
-            sequence = self.labeller.sequence(row, training_set.columns, row_id, visit)
-        except UserError:  # of a label that cannot be read
-            return 0
-        return len(sequence.labels) if sequence else 0
+        lengths = np.zeros(len(samples), int)
+        for dataset, training_set in enumerate(self.sets):
+            places = np.flatnonzero(samples[:, 0] == dataset)
+            positions, visits = samples[places, 1], visit_of_mixture(samples[places, 2], dataset, len(self.sets))
+            drawn = map(self.labeller.drawn, training_set.row_ids(positions), visits.tolist())
+            timestamps, prompted = np.array([*drawn], int).reshape(-1, 2).T
+            lengths[places] = training_set.lengths[positions, timestamps, prompted]
+        return lengths
 
 
 class MapBatches(Sampler):

@@ -19,7 +19,6 @@ from distil_whisper.filtering import (
     RowFilter,
     counted,
     is_given,
-    keep_rows,
     table,
 )
 from distil_whisper.mixing import (
@@ -38,6 +37,7 @@ from distil_whisper.sources import SourceFlags, columns_of, first_row, open_sour
 from distil_whisper.streams import Places, StreamBatches, StreamMixture, StreamParts
 from distil_whisper.tokens import language_and_task
 from distil_whisper.validation import ValidationSet
+from distil_whisper.verdicts import VerdictFiles
 
 PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
 FIRST_ROWS = 200  # that show whether labels are of the student's tokenizer
@@ -125,10 +125,10 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
 
 
 def open_training_sets(
-    args, student: LoadedWhisper, labeller: Labeller, say: Callable[[str], None]
+    args, student: LoadedWhisper, labeller: Labeller, verdicts_on: VerdictFiles, say: Callable[[str], None]
 ) -> list[TrainingSet]:
-    """The training datasets with their filters. Of map-style ones the rows are filtered now, and a table says why rows
-    were left out; streamed ones are filtered as they come. Raises UserError where no row is left."""
+    """The training datasets with their filters. Of map-style ones it is known now which rows are kept, and a table
+    says why the others are not; streamed ones are filtered as they come. Raises UserError where no row is left."""
     sources = open_sources(args, "train")
     normalisers, labels_of = Normalisers(args.normalizer, student.tokenizer), label_columns(args, student, sources)
     labelled = [source for source, columns in zip(sources, labels_of, strict=True) if columns.pseudo]
@@ -144,11 +144,12 @@ def open_training_sets(
         if not args.streaming:
             rows = source.dataset.remove_columns(args.audio_column_name)
             rows = rows.select(range(min(len(rows), args.max_train_samples or len(rows))))
-            sets[-1].kept, reasons = keep_rows(rows, row_filter, args.preprocessing_num_workers)
+            verdicts = verdicts_on(len(counts), rows, row_filter, args.preprocessing_num_workers, args.group_by_length)
+            sets[-1].kept, sets[-1].lengths = verdicts.kept, verdicts.lengths
             unused = dict.fromkeys(row_filter.limits() if columns.pseudo else (), 0)
-            counts.append((source.label, Counter(unused | reasons)))
-            if not len(sets[-1].kept):
-                raise UserError(f"no row of {source.label} is left to train on ({counted(reasons)})")
+            counts.append((source.label, Counter(unused | verdicts.reasons)))
+            if not len(verdicts.kept):
+                raise UserError(f"no row of {source.label} is left to train on ({counted(verdicts.reasons)})")
     if counts:
         say(table(counts))
     return sets
@@ -283,7 +284,7 @@ class Mixture:
 
     def _map_batches(self) -> Iterator[Batch]:
         grouping = self.args.group_by_length
-        lengths = LabelLengths(self.sets, self.maker.labeller, self.maker.audio_column) if grouping else None
+        lengths = LabelLengths(self.sets, self.maker.labeller) if grouping else None
         batches = MapBatches(self.order, self.share, self.position, lengths, self._grouped_from)
         for batch in map_loader(self.sets, batches, self.maker, self.collator, self.args.dataloader_num_workers):
             self.position = batches.after(self.position, 1)

@@ -1,18 +1,15 @@
 """Which rows are trained on, why others are not, and word errors of each utterance of a packed window."""
 
-import pickle
 import random
 from collections import Counter
 
 import pytest
-from datasets import Dataset
 from rapidfuzz.distance import Levenshtein
 from transformers import WhisperTokenizer
 
-from distil_whisper import filtering
 from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
-from distil_whisper.filtering import CUT, KEPT, UNREADABLE, FilterSettings, RowFilter, keep_rows, table
+from distil_whisper.filtering import CUT, KEPT, FilterSettings, RowFilter, table
 from distil_whisper.normalisation import Normalisers, normaliser
 from distil_whisper.tokens import Grammar
 
@@ -214,39 +211,6 @@ def test_the_worst_has_the_highest_rate_not_the_most_errors():
     assert worst(found) == found[1]
 
 
-class SpawnedPool:
-    """In the place of ProcessPoolExecutor, whose processes take seconds to start: what they would get is pickled."""
-
-    def __init__(self, workers, mp_context):
-        assert workers == 2
-        assert mp_context.get_start_method() == "spawn"  # a fork after torch has started its threads can hang
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def map(self, function, tasks):
-        return (pickle.loads(pickle.dumps(function))(pickle.loads(pickle.dumps(task))) for task in tasks)
-
-
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_the_rows_that_are_kept_and_the_count_of_each_reason(make_filter, monkeypatch, num_proc):
-    monkeypatch.setattr(filtering, "ROWS_PER_TASK", 3 if num_proc == 1 else 4)
-    monkeypatch.setattr(filtering, "ProcessPoolExecutor", SpawnedPool)
-    transcripts = [" one two", "", " one two", " six", " one two", " six", " one", " one two"]
-    dataset = Dataset.from_list([row_of(transcript) for transcript in transcripts])
-    kept, reasons = keep_rows(dataset, make_filter(wer_threshold=50.0), num_proc)
-    assert kept.tolist() == [0, 2, 4, 6, 7]
-    assert reasons == Counter({KEPT: 5, "empty transcript": 1, ABOVE: 2})
-
-
-def test_no_row_at_all(make_filter):
-    kept, reasons = keep_rows(Dataset.from_dict({"text": []}), make_filter(), 1)
-    assert kept.tolist() == [] and not reasons
-
-
 def test_the_table_says_what_became_of_each_dataset():
     counts = [("a/b/train", Counter({KEPT: 7, "empty transcript": 1, ABOVE: 12})), ("c", Counter({KEPT: 3}))]
     assert table(counts).splitlines() == [
@@ -323,10 +287,3 @@ def test_utterances_are_cut_out_by_characters(make_filter):
     assert by_characters(PACKED) == CUT  # 7 of 9 characters
     close = {**PACKED, "whisper_transcript": PACKED["whisper_transcript"].replace("five six", "nine nin")}
     assert by_characters(close) == KEPT
-
-
-def test_a_label_that_cannot_be_read_is_left_to_training_to_skip(make_filter):
-    """It counts for --max_skipped there, where what is filtered does not."""
-    rows = Dataset.from_list([row_of(row_id="speech/train/6"), row_of(" one<|99.00|>", row_id="speech/train/7")])
-    kept, reasons = keep_rows(rows, make_filter(), 1)
-    assert kept.tolist() == [0, 1] and reasons[UNREADABLE] == 1

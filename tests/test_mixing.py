@@ -12,6 +12,7 @@ import pytest
 from mixtures import SEED, identity
 
 from distil_whisper import mixing
+from distil_whisper.examples import Labeller
 from distil_whisper.mixing import EpochOrder, LabelLengths, MapBatches, MapExamples, Share, map_loader
 from distil_whisper.training_sets import Mixture
 
@@ -172,7 +173,7 @@ def test_rows_of_like_length_share_a_batch(make_sets, monkeypatch):
     """Prompts count, each row is there once an epoch, and a resumed run goes on with the very next batch."""
     monkeypatch.setattr(mixing, "GROUPED_BATCHES", 4)
     sets, maker = make_sets(False)
-    lengths = LabelLengths(sets, maker.labeller, "audio")
+    lengths = LabelLengths(sets, maker.labeller)
     order, share = EpochOrder([len(s.kept) for s in sets], None, SEED), Share(0, 1, SIZE)
     per_epoch = MapBatches(order, share).per_epoch
     grouped = list(islice(MapBatches(order, share, 0, lengths), 2 * per_epoch))
@@ -184,6 +185,14 @@ def test_rows_of_like_length_share_a_batch(make_sets, monkeypatch):
         return sum(len(batch) * batch.max() - batch.sum() for batch in found)
 
     assert padding(grouped) < padding(plain)
+    for dataset, position, visit in order(0).tolist():
+        index = int(sets[dataset].kept[position])
+        row = sets[dataset].source.dataset[index]
+        row_id = sets[dataset].row_id(row, *sets[dataset].source.locate(index))
+        of_mixture = mixing.visit_of_mixture(visit, dataset, len(sets))
+        sequence = maker.labeller.sequence(row, sets[dataset].columns, row_id, of_mixture)
+        assert lengths(np.array([[dataset, position, visit]])) == len(sequence.labels)
+    monkeypatch.setattr(Labeller, "target", None)  # no label is tokenised again
     visits = {tuple(lengths(order(0) + np.array([0, 0, visit])).tolist()) for visit in range(4)}
     assert len(visits) > 1  # timestamps and prompts are drawn again
     for start in (1, 5, per_epoch + 3):

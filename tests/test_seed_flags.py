@@ -14,7 +14,7 @@ from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, run, train_few, w
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 import distil_whisper.sources
-import distil_whisper.training_sets
+import distil_whisper.verdicts
 import run_distillation
 import run_pseudo_labelling
 from distil_whisper import engine, evaluation, labelling, mixing, validation
@@ -208,9 +208,9 @@ def watched(monkeypatch):
         result.processes.append(num_proc)
         return make(*arguments, **options)
 
-    def keep_rows(*arguments, keep=distil_whisper.training_sets.keep_rows):
-        result.processes.append(arguments[-1])
-        return keep(*arguments[:-1], 1)
+    def judge(rows, row_filter, num_proc, lengths, judge=distil_whisper.verdicts.judge):
+        result.processes.append(num_proc)
+        return judge(rows, row_filter, 1, lengths)
 
     def forward(self, waveforms, *, step=Distiller.forward, **rest):
         enabled = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
@@ -222,7 +222,7 @@ def watched(monkeypatch):
     monkeypatch.setattr(validation, "DataLoader", loader)
     monkeypatch.setattr(evaluation, "DataLoader", loader)
     monkeypatch.setattr(distil_whisper.sources, "open_source", open_source)
-    monkeypatch.setattr(distil_whisper.training_sets, "keep_rows", keep_rows)
+    monkeypatch.setattr(distil_whisper.verdicts, "judge", judge)
     monkeypatch.setattr(Distiller, "forward", forward)
     return result
 
