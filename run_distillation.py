@@ -145,14 +145,23 @@ class Arguments(ModelFields, DataFields, RunFields):
 
     do_train: bool = option(False, "Train.")
     do_eval: bool = option(False, "Evaluate every --eval_steps and at the end.")
-    predict_with_generate: bool = option(False, "Measure the WER when evaluating, not the loss alone.")
-    generation_max_length: int | None = option(
-        None, "The most tokens of a prediction. Default: as the decoder allows.", at_least=1
+    predict_with_generate: bool = option(
+        False, "Measure the WER when evaluating, not the loss alone.", only_with={"do_eval": True}
     )
-    generation_num_beams: int = option(1, "Beams when evaluating.", at_least=1, at_most=MOST_BEAMS)
+    generation_max_length: int | None = option(
+        None,
+        "The most tokens of a prediction. Default: as the decoder allows.",
+        at_least=1,
+        only_with={"predict_with_generate": True},
+    )
+    generation_num_beams: int = option(
+        1, "Beams when evaluating.", at_least=1, at_most=MOST_BEAMS, only_with={"predict_with_generate": True}
+    )
 
     kl_weight: float = option(1.0, "Weight of the KL divergence from the teacher; 0 needs no teacher.", at_least=0)
-    temperature: float = option(2.0, "Temperature of both softmaxes in the KL divergence.", above=0)
+    temperature: float = option(
+        2.0, "Temperature of both softmaxes in the KL divergence.", above=0, only_with={"kl_weight": True}
+    )
     freeze_encoder: bool = option(
         False, "Do not train the encoder. One that equals the teacher's then runs once for both."
     )
@@ -170,7 +179,12 @@ class Arguments(ModelFields, DataFields, RunFields):
     )
     noise_probability: float = option(0.0, "Share of the samples that white noise is added to.", at_least=0, at_most=1)
     noise_snr_db: list[float] = option(
-        [10.0, 30.0], "Range of its signal-to-noise ratio in dB.", nargs=2, at_least=-100, at_most=100
+        [10.0, 30.0],
+        "Range of its signal-to-noise ratio in dB.",
+        nargs=2,
+        at_least=-100,
+        at_most=100,
+        only_with={"noise_probability": True},
     )
     speed_perturbation: list[float] = option(
         [1.0, 1.0], "Range of the speed that audio is played at.", nargs=2, at_least=0.5, at_most=2
@@ -206,7 +220,9 @@ class Arguments(ModelFields, DataFields, RunFields):
         at_least=1,
     )
     logging_steps: int = option(25, "Steps between two lines of metrics.", at_least=1)
-    eval_steps: int | None = option(None, "Steps between two evaluations. Default: only at the end.", at_least=1)
+    eval_steps: int | None = option(
+        None, "Steps between two evaluations. Default: only at the end.", at_least=1, only_with={"do_eval": True}
+    )
     save_steps: int = option(500, "Steps between two checkpoints.", at_least=1)
     save_total_limit: int | None = option(None, "Keep so many of the newest checkpoints. Default: all.", at_least=1)
     save_best_total_limit: int = option(

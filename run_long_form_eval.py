@@ -57,17 +57,27 @@ class Arguments(EvaluationFields, ModelFields, DataFields, RunFields):
         Fallback.compression_ratio,
         "With --temperature_fallback: a window whose tokens are more repetitive is repeated.",
         above=0,
+        only_with={"temperature_fallback": True},
     )
     logprob_threshold: float = option(
         Fallback.logprob,
         "With --temperature_fallback: a window with a lower mean log-probability is repeated.",
         at_most=0,
+        only_with={"temperature_fallback": True},
     )
     no_speech_threshold: float = option(
         Fallback.no_speech,
         "With --temperature_fallback: such a window is silence above this no-speech probability.",
         at_least=0,
         at_most=1,
+        only_with={"temperature_fallback": True},
+    )
+    seed: int = option(
+        42,
+        "Seed of what --temperature_fallback draws.",
+        at_least=0,
+        at_most=2**32 - 1,
+        only_with={"temperature_fallback": True},
     )
 
 

@@ -128,7 +128,9 @@ class Arguments(ModelFields, DataFields, RunFields):
         choices=["torch", "ctranslate2"],
     )
     cuda_graphs: bool = option(
-        True, "Greedily on a GPU: launch each step of the decoder as one graph, for which its caches are kept."
+        True,
+        "Greedily on a GPU: launch each step of the decoder as one graph, for which its caches are kept.",
+        only_with={"backend": "torch", "generation_num_beams": 1},
     )
     draft_from_text: bool = option(
         False,

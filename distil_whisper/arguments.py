@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,13 +67,16 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    only_with: dict[str, object] | None = None,
     **metadata,
 ):
     """A dataclass field with its help text and, for a number or a list of numbers, the range that they must be in.
 
-    A list default is copied for each instance.
+    only_with: what other arguments must be for this one to have an effect, by their names: a value, or True and False
+    for any that count as such. A list default is copied for each instance.
     """
-    metadata = {"help": help, "range": Range(at_least, above, at_most, below), **metadata}
+    known = {"range": Range(at_least, above, at_most, below), "only_with": only_with or {}}
+    metadata = {"help": help, **known, **metadata}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -92,6 +96,7 @@ class ModelFields:
         "Attention: eager, sdpa (also called flash_attn) or flash_attention_2 (also called flash_attn_2, needs the "
         "flash-attn package and a GPU). Unset, the fastest that transformers finds.",
         choices=list(ATTENTION),
+        only_with={"backend": "torch"},
     )
     cache_dir: str | None = option(None, "Where models and datasets from the Hub are cached.")
     language: str | None = option(
@@ -122,8 +127,12 @@ class HubFields:
     """Whether what a run makes goes to the Hub."""
 
     push_to_hub: bool = option(False, "Push what this stage makes to the Hugging Face Hub.")
-    hub_model_id: str | None = option(None, "Repository on the Hub. Default: the name of the folder that is written.")
-    hub_private_repo: bool = option(False, "Make the repository on the Hub private.")
+    hub_model_id: str | None = option(
+        None,
+        "Repository on the Hub. Default: the name of the folder that is written.",
+        only_with={"push_to_hub": True},
+    )
+    hub_private_repo: bool = option(False, "Make the repository on the Hub private.", only_with={"push_to_hub": True})
 
 
 @dataclass
@@ -170,6 +179,9 @@ def parse(arguments: type[ArgumentsT], argv: list[str] | None = None, descriptio
     if rest:
         raise UserError(f"{rest[0]!r} does not belong to any argument; give values as --name value")
     check_ranges(parsed)
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in without_effect(parsed):
+            print(sentence, file=sys.stderr)
     fused = ATTENTION.get(getattr(parsed, "attn_type", None)) == "flash_attention_2"
     if fused and parsed.dtype == "float32":
         raise UserError(
@@ -186,6 +198,31 @@ def check_ranges(parsed) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and number not in each.metadata["range"]:
                 raise UserError(f"--{each.name} is {number}; it must be {each.metadata['range']}")
+
+
+def without_effect(parsed) -> list[str]:
+    """A sentence for each flag that was given a value and has no effect beside the others, as its `only_with` says."""
+    given = [each for each in dataclasses.fields(parsed) if getattr(parsed, each.name) != _default(each)]
+    return [
+        f"--{each.name} has no effect {_beside(name, getattr(parsed, name))}"
+        for each in given
+        for name, needed in each.metadata["only_with"].items()
+        if hasattr(parsed, name) and not _is_met(needed, getattr(parsed, name))
+    ]
+
+
+def _is_met(needed: object, found: object) -> bool:
+    return bool(found) == needed if isinstance(needed, bool) else found == needed
+
+
+def _beside(name: str, found: object) -> str:
+    if not found:
+        return f"without --{name}"
+    return f"with --{name}" if found is True else f"with --{name} {found}"
+
+
+def _default(each: dataclasses.Field) -> object:
+    return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
 def split_plus(value: str | None, count: int | None = None, argument: str = "", of: str = "") -> list[str | None]:
@@ -214,8 +251,8 @@ def attention(attn_type: str | None) -> str | None:
 
 
 class _Parser(HfArgumentParser):
-    def add_argument(self, *names, range: Range | None = None, **settings):  # argparse knows no ranges of numbers
-        return super().add_argument(*names, **settings)
+    def add_argument(self, *names, range: Range | None = None, only_with: dict | None = None, **settings):
+        return super().add_argument(*names, **settings)  # argparse knows neither of the two
 
     def error(self, message):
         raise UserError(message)

@@ -47,7 +47,9 @@ class EvaluationFields:
     return_timestamps: bool = option(False, "Decode with timestamps, and keep them in the predictions.")
     max_samples: int | None = option(None, "Evaluate only so many rows of each dataset.", at_least=1)
     push_to_hub: bool = option(False, "Add the figures to the card of the model on the Hugging Face Hub.")
-    hub_model_id: str | None = option(None, "The model's repository on the Hub. Default: the name of the model.")
+    hub_model_id: str | None = option(
+        None, "The model's repository on the Hub. Default: the name of the model.", only_with={"push_to_hub": True}
+    )
 
 
 NO_FIGURE = {  # arguments that decide no transcript and no timing, or that a split knows better

@@ -277,3 +277,45 @@ def test_every_number_has_its_range_where_it_is_declared(script):
     numbers = [each for each in fields(arguments) if {int, float} & {kinds[each.name], *get_args(kinds[each.name])}]
     assert numbers
     assert [each.name for each in numbers if each.metadata["range"] == Range()] == []
+
+
+@pytest.mark.parametrize(
+    "script, flags, sentences",
+    [
+        ("run_long_form_eval", "--no_speech_threshold 0.5", ["--no_speech_threshold has no effect without --temp"]),
+        ("run_long_form_eval", "--no_speech_threshold 0.5 --temperature_fallback", []),
+        (
+            "run_long_form_eval",
+            "--seed 1 --hub_model_id me/mine",
+            ["--hub_model_id has no", "--seed has no effect wi"],
+        ),
+        ("run_short_form_eval", "--attn_type sdpa", []),  # it has no other backend
+        ("run_pseudo_labelling", "--attn_type sdpa", []),
+        (
+            "run_pseudo_labelling",
+            "--attn_type sdpa --backend ctranslate2 --cuda_graphs False",
+            [
+                "--attn_type has no effect with --backend ctranslate2",
+                "--cuda_graphs has no effect with --backend ctra",
+            ],
+        ),
+        ("run_distillation", "--temperature 3 --kl_weight 0", ["--temperature has no effect without --kl_weight"]),
+        ("run_distillation", "--noise_snr_db 5 10", ["--noise_snr_db has no effect without --noise_probability"]),
+    ],
+)
+def test_flags_without_effect_get_a_line_each(script, flags, sentences, capsys):
+    parse(importlib.import_module(script).Arguments, flags.split())
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(sentences)
+    for line, sentence in zip(sorted(said), sentences, strict=True):
+        assert line.startswith(sentence)
+
+
+def test_what_a_flag_needs_beside_it_is_a_flag():
+    """Of one script at least: a script without it has nothing to say."""
+    scripts = ("run_pseudo_labelling", "run_distillation", "run_short_form_eval", "run_long_form_eval")
+    known = [fields(importlib.import_module(script).Arguments) for script in scripts]
+    needs = {(each.name, name) for of_script in known for each in of_script for name in each.metadata["only_with"]}
+    assert needs
+    for pair in needs:
+        assert any(set(pair) <= {each.name for each in of_script} for of_script in known), pair
