@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
+from distil_whisper import ffmpeg
 from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
 from distil_whisper.handoff import LIMIT, ROWS_PER_GROUP, ShardFile, lacks_rows, read_manifest, shard_writer
@@ -22,9 +23,10 @@ STATE = "state.json"
 class ShardInProgress:
     """The rows of one unit as they come, and those that an earlier run kept of it.
 
-    `progress` is what was kept last, {} at first; what was kept of other contents of the unit is dropped. Rows that
-    were kept, or finished, with a smaller limit of tokens are `earlier`: all of them are to be written again, and stay
-    where they are until the shard is finished. Leaving the block with an error drops the rows written since `keep`.
+    `progress` is what was kept last, {} at first. What was kept of other contents of the unit is dropped, and what was
+    kept without FFmpeg where there is one now, or the reverse: other rows may be skipped, and other windows follow.
+    Rows that were kept, or finished, with a smaller limit of tokens are `earlier`: all are to be written again, and
+    stay where they are until the shard is finished. An error inside the block drops the rows since `keep`.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ShardInProgress:
         self.shard = shard
         self.features = features
         self.contents = contents
+        self._made_of = {"contents": contents, "ffmpeg": ffmpeg.is_there()}
         self.max_label_length = max_label_length
         self.path = folder / f"{PARTS}/{shard.stem}"
         self._before = folder / f"{PARTS}/{shard.stem}.before"
@@ -66,7 +69,7 @@ class ShardInProgress:
             self._write = None
             self.parts += 1
         self.progress = progress
-        state = {"contents": self.contents, "parts": self.parts, "progress": progress, LIMIT: self.max_label_length}
+        state = {**self._made_of, "parts": self.parts, "progress": progress, LIMIT: self.max_label_length}
         write_text(self.path / STATE, json.dumps(state))
 
     def finish(self, progress: dict) -> None:
@@ -101,10 +104,10 @@ class ShardInProgress:
             remove(path)
 
     def _kept(self, path: Path) -> dict:
-        """What an earlier run noted of the parts in a folder; nothing, and no parts, if the contents were others."""
+        """What an earlier run noted of the parts in a folder; nothing, and no parts, if they are of something else."""
         state = path / STATE
-        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {"contents": self.contents}
-        if kept.get("contents") != self.contents:
+        kept = self._made_of | (json.loads(state.read_text(encoding="utf-8")) if state.exists() else {})
+        if any(kept[name] != value for name, value in self._made_of.items()):
             self.forget()
             return {}
         return kept

@@ -44,4 +44,4 @@ class TruncationLimit:
         if self.window_seconds is not None:
             shorter = f"--max_window_seconds {self.window_seconds / 2:g} --overwrite_output_dir"
             remedies.append(f"label anew in shorter windows ({shorter})")
-        return [*remedies, "allow more"]
+        return [*remedies, "allow more (--max_truncated)"]

@@ -4,6 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 
+from distil_whisper import ffmpeg
 from distil_whisper.handoff import ROWS_PER_GROUP, ShardFile
 from distil_whisper.outputs import OutputFolder
 from distil_whisper.parts import ShardInProgress
@@ -82,3 +83,16 @@ def test_a_shard_whose_manifest_is_missing_is_joined_again(folder):
         assert again.progress == {"rows": 5}
         again.finish({"rows": 5})
     assert pq.read_table(folder / SHARD.name).to_pylist() == rows(0, 5)
+
+
+def test_what_was_kept_without_ffmpeg_is_dropped_where_there_is_one_now(folder, monkeypatch):
+    """A row that was skipped may be read now: the windows that were counted are others."""
+    for there, again in ((False, True), (True, False), (True, True)):
+        monkeypatch.setattr(ffmpeg, "is_there", lambda there=there: there)
+        with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
+            shard.write(rows(0, 1)[0])
+            shard.keep({"rows": 1})
+        monkeypatch.setattr(ffmpeg, "is_there", lambda again=again: again)
+        with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
+            assert shard.progress == ({"rows": 1} if there == again else {})
+            shard.forget()

@@ -219,7 +219,9 @@ def test_a_part_is_judged_with_care(labels, truncated, early, late):
 
 def test_what_helps_is_what_there_is():
     full = TruncationLimit(445, 445, 5.0, 30.0).problem(10, 10)
-    assert "give --max_label_length" not in full and full.endswith("--overwrite_output_dir), or allow more")
+    assert "give --max_label_length" not in full and full.endswith(
+        "--overwrite_output_dir), or allow more (--max_truncated)"
+    )
     assert "(--max_window_seconds 15 " in full
     assert "--max_label_length 445 (at most 445)" in TruncationLimit(300, 445, 5.0, None).problem(10, 10)
 
