@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -29,7 +28,13 @@ from distil_whisper.caches import StateCaches, open_caches
 from distil_whisper.checkpoints import Checkpoints, go_to, student_weights
 from distil_whisper.decoding import Decoder
 from distil_whisper.distiller import Distiller
-from distil_whisper.engine import allow_dropped_layers, clip_gradients, is_sharded, training_accelerator
+from distil_whisper.engine import (
+    allow_dropped_layers,
+    clip_gradients,
+    found_by_main_process,
+    is_sharded,
+    training_accelerator,
+)
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.examples import Batch, Collator, ExampleMaker, Labeller, LabelSettings
 from distil_whisper.losses import LossWeights
@@ -599,9 +604,8 @@ def go_on(run: Training, folder: OutputFolder) -> int:
 
 def arguments_before(run: Training, folder: OutputFolder) -> dict:
     """The arguments that the checkpoints in the folder were trained with, on every process."""
-    kept = [folder.arguments() if run.accelerator.is_main_process else None]
-    broadcast_object_list(kept)
-    return {**public_arguments(run.args), **(kept[0] or {"arguments": {}})["arguments"]}
+    kept = found_by_main_process(folder.arguments)
+    return {**public_arguments(run.args), **(kept["arguments"] if kept else {})}
 
 
 def note_arguments(run: Training, folder: OutputFolder, max_steps: int) -> None:

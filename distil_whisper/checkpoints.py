@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
+from distil_whisper.engine import found_by_main_process
 from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper, not_finite, write_whisper
 from distil_whisper.outputs import OutputFolder
@@ -101,7 +101,7 @@ class Checkpoints:
         A damaged one is passed over, which is said. Raises UserError where all are damaged, and for one of another
         training.
         """
-        step = self._chosen(self._newest)
+        step = found_by_main_process(self._newest)
         if step is None:
             return None
         path = self.path(step)
@@ -128,23 +128,10 @@ class Checkpoints:
         Raises UserError where there is no best one, and where its checkpoint is missing or damaged.
         """
         self.finish()
-        step = self._chosen(lambda: self._best(state))
+        step = found_by_main_process(lambda: self._best(state))
         if step != state.step:
             self._load_weights(self.path(step), model)
         return step
-
-    def _chosen(self, choose):
-        """What the main process chooses, or the error that it raises, on every process."""
-        outcome = [None]
-        if self.accelerator.is_main_process:
-            try:
-                outcome = [choose()]
-            except UserError as error:
-                outcome = [error]
-        (chosen,) = broadcast_object_list(outcome)
-        if isinstance(chosen, UserError):
-            raise chosen
-        return chosen
 
     def _newest(self) -> int | None:
         steps = self.steps()

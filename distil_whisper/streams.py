@@ -26,6 +26,7 @@ from distil_whisper.mixing import Share, TrainingSet, visit_of_mixture, workers
 LANES = 16  # of a small batch of uncounted files, at most
 ROWS_OF_A_LANE, FILES_OF_A_LANE = 8, 5  # in a large batch of them; with many files a lane gives fewer rows
 ROWS_OF_A_BLOCK = 100  # at most, which is a row group of the files that labelling writes
+GOLDEN_RATIO = (5**0.5 - 1) / 2  # whose multiples are spread evenly, modulo 1
 BYTES_OF_A_LANE = 8 << 20  # of encoded audio that it holds for all datasets, or a row of each if that is more
 
 
@@ -99,9 +100,15 @@ class StreamMixture:
         self.blocks = [self._blocks_of(one) if is_counted(one) else None for one in sets]
 
     def chosen(self, lane: int, batch: int) -> list[int]:
-        """The datasets of a lane's rows of a batch, by their numbers."""
-        draw = np.random.default_rng([self.seed, lane, batch])
-        return draw.choice(len(self.sets), size=self.rows_of_lane, p=self.chances).tolist()
+        """The datasets of a lane's rows of a batch, by their numbers.
+
+        A lane goes round the shares of the datasets in steps of the golden ratio, from a random start. So each gives
+        about as many rows of a dataset as any other, and all rows of a small one come before many come again.
+        """
+        first = batch // self.turns * self.rows_of_lane
+        steps = np.arange(first, first + self.rows_of_lane)
+        start = np.random.default_rng([self.seed, lane, 0, 1]).random()
+        return np.searchsorted(np.cumsum(self.chances[:-1]), (start + GOLDEN_RATIO * steps) % 1, "right").tolist()
 
     def lanes_of_turns(self, places: list[int]) -> list[list[int]]:
         """The lanes at some places of a batch, for each of the batches that have lanes of their own."""

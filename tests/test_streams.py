@@ -180,6 +180,17 @@ def test_files_of_any_sizes_are_seen_evenly(sizes, counted, batch):
     assert max(drawn.values()) <= 2
 
 
+@pytest.mark.parametrize("batch", [4, 64])
+def test_a_dataset_of_small_weight_gives_its_rows_before_it_repeats_them(batch):
+    sets = [TrainingSet(Files([500] * 4, True), None, Everything()) for _ in range(3)]
+    of = StreamMixture(sets, [0.8, 0.15, 0.05], SEED, 1000, batch)
+    rows = [row for part in of_lanes(of, 20_000 // batch)[0] for row in part]
+    for dataset, share in ((1, 0.15), (2, 0.05)):
+        drawn = [row.row["text"] for row in rows if row.dataset == dataset]
+        assert len(drawn) / len(rows) == pytest.approx(share, abs=0.005)
+        assert len(set(drawn[:2000])) >= 0.97 * min(len(drawn), 2000)
+
+
 def neighbours(batches):
     """The share of pairs of a batch's rows, as (file, row), that are of one file and fewer than 1,000 rows apart."""
     found, pairs = 0, 0
