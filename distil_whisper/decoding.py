@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ NOISE = ("Passing `generation_config` together with generation-related", "Both `
 logging.getLogger("transformers.generation.utils").addFilter(lambda record: not record.msg.startswith(NOISE))
 
 
+NOT_FINITE = "the model's logits are not finite"  # so that what it chose means nothing
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a model says of one window.
@@ -42,6 +46,11 @@ class Decoded:
     avg_logprob: float
     no_speech_prob: float
     language: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why this is no transcript, None if it is one."""
+        return None if math.isfinite(self.avg_logprob) else NOT_FINITE
 
 
 class Decoder:

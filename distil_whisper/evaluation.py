@@ -213,7 +213,8 @@ class Evaluator:
         shown = {"total": split.source.num_rows, "initial": len(done), "desc": split.source.label}
         with progress.bar(**shown, unit="row", leave=False) as bar:
             for batch in self._batches(split, done, problems):
-                rows, timing = self._transcribe(batch, split)
+                rows, failed, timing = self._transcribe(batch, split)
+                problems += failed
                 log.append(rows, problems, timing)
                 problems.clear()
                 bar.update(len(batch) * self.share.processes)
@@ -248,8 +249,8 @@ class Evaluator:
                 "give --language to take them all as one, or evaluate them apart"
             )
 
-    def _transcribe(self, batch: list[Recording], split: EvaluationSet) -> tuple[list[tuple[Place, dict]], Timing]:
-        """The rows of a batch with what was heard, and what that took."""
+    def _transcribe(self, batch: list[Recording], split: EvaluationSet) -> tuple[list, list, Timing]:
+        """The rows of a batch with what was heard, the problems of those where nothing was, and what that took."""
         waveforms = [recording.samples for recording in batch]
         names = [recording.row_id for recording in batch]
         began = self._now()
@@ -258,10 +259,10 @@ class Evaluator:
         seconds = [len(waveform) / self.whisper.window.sampling_rate for waveform in waveforms]
         timing = Timing(sum(seconds), took, warm_up=not self.is_warm)
         self.is_warm = True
-        return [
-            (recording.place, transcribed(recording, transcript, duration))
-            for recording, transcript, duration in zip(batch, transcripts, seconds, strict=True)
-        ], timing
+        pairs = list(zip(batch, transcripts, seconds, strict=True))
+        rows = [(of.place, transcribed(of, heard, duration)) for of, heard, duration in pairs if not heard.problem]
+        failed = [(of.place, of.row_id, heard.problem) for of, heard, _ in pairs if heard.problem]
+        return rows, failed, timing
 
     def _now(self) -> float:
         if self.accelerator.device.type == "cuda":

@@ -14,7 +14,7 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.audio import AudioError, Window, decode, encode, stack
-from distil_whisper.decoding import Decoded, Decoder
+from distil_whisper.decoding import NOT_FINITE, Decoded, Decoder
 from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import batched
@@ -70,14 +70,16 @@ class LabellingSettings:
 @dataclass
 class Tally:
     """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; of the last
-    window of each recording what the teacher was told and its tokens, null where it was truncated. earlier: rows that
-    were labelled before, of which the whole ones stay; decoded_seconds: of the windows that did not."""
+    window of each recording what the teacher was told and its tokens, null where it was truncated. left_out: windows
+    that the teacher could not label, whose rows were skipped. earlier: rows that were labelled before, of which the
+    whole ones stay; decoded_seconds: of the windows that did not."""
 
     rows: int = 0
     seconds: float = 0.0
     read: int = 0
     skipped: list[dict] = field(default_factory=list)
     previous: dict[str, list | None] = field(default_factory=dict)
+    left_out: int = 0
     earlier: EarlierRows = EarlierRows()
     decoded_seconds: float = field(default=0.0, compare=False)
 
@@ -87,7 +89,8 @@ class Tally:
 
     def progress(self) -> dict:
         """What it takes to go on behind the windows that are labelled; the rest is found again by reading."""
-        return {"rows": self.rows, "seconds": self.seconds, "previous": self.previous}
+        found = {"rows": self.rows, "seconds": self.seconds, "previous": self.previous, "left_out": self.left_out}
+        return {**found, "skipped": [row for row in self.skipped if row["reason"] == NOT_FINITE]}
 
 
 def expected_lengths(windows: Sequence[WindowAudio], texts: Sequence[str | None]) -> list[float]:
@@ -146,7 +149,7 @@ class UnitLabeller:
 
         A tally that has labelled windows makes it begin behind them.
         """
-        windows = islice(self.windows(source, unit, tally), tally.rows, None)
+        windows = islice(self.windows(source, unit, tally), tally.rows + tally.left_out, None)
         windows = tally.earlier.beside(windows, self.whisper.window.sampling_rate)
         ready = _ahead(self._with_file, windows, self.settings.num_workers)
         return batched(ready, self.settings.run_batches * self.settings.batch_size)
@@ -161,6 +164,9 @@ class UnitLabeller:
                 tally.previous.pop(window.recording_id, None)  # what it is to the next window, it was before
                 continue
             result = next(results)
+            if result.problem is not None:
+                self._leave_out(window, result.problem, tally)
+                continue
             rows.append(self.row(window, result, prompt))
             tally.decoded_seconds += rows[-1]["duration"]
             if self.columns.owner or window.cut:
@@ -178,6 +184,18 @@ class UnitLabeller:
         last = None if window.after_gap else before.get(recording, tally.earlier.previous.get(recording))
         told, said = last or (None, None)
         return said if told == list(window.told) else None
+
+    def _leave_out(self, window: WindowAudio, problem: str, tally: Tally) -> None:
+        """Skip the rows of a window that the teacher could not label; the next window has no prompt."""
+        tally.left_out += 1
+        tally.previous[window.recording_id] = None
+        for part in window.parts:
+            tally.skip(problem, row_id=part.row_id, **self._identity(part.row))
+
+    def _identity(self, row: dict) -> dict[str, str | None]:
+        """What names a row beside its place: its id and its file, as far as it has them."""
+        identity = self.columns.id
+        return {"id": str(row[identity]) if identity else None, "file": row[self.columns.audio].get("path")}
 
     def decoded(self, run: Sequence[WindowAudio]) -> list[Decoded]:
         """What the teacher says of each window whose label is not there."""
@@ -226,8 +244,7 @@ class UnitLabeller:
             owner = self.columns.owner
             recording = str(row[owner]) if owner and row[owner] is not None else row_id
             if problem is not None:
-                identity, file = self.columns.id, row[self.columns.audio].get("path")
-                tally.skip(problem, row_id=row_id, id=str(row[identity]) if identity else None, file=file)
+                tally.skip(problem, row_id=row_id, **self._identity(row))
                 gaps.add(recording)
                 continue
             yield Utterance(row_id, recording, row, samples, told, recording in gaps)

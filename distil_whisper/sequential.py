@@ -6,7 +6,7 @@ What is heard in one depends neither on those beside it nor on how many they are
 
 import hashlib
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -73,6 +73,7 @@ class Recording:
     frame: int = 0
     segments: list[Segment] = field(default_factory=list)
     prompt_from: int = 0  # the first segment that may be in a prompt
+    problem: str | None = None
 
     def prompt(self) -> list[int]:
         """The tokens of what came before."""
@@ -219,7 +220,7 @@ class Sequential:
             encoded = encoder_states(self.whisper.model.get_encoder(), windows)
             for recording, found in zip(running, self._heard(encoded, running, language, task), strict=True):
                 self._take(recording, *found)
-        return [self._transcript(recording.segments) for recording in recordings]
+        return [replace(self._transcript(recording.segments), problem=recording.problem) for recording in recordings]
 
     def _features(self, waveforms: list[np.ndarray]) -> torch.Tensor:
         """Log-mel frames [B, mels, frames] of the longest recording and some more: all end in silence."""
@@ -249,7 +250,9 @@ class Sequential:
             draws = self._draws([running[row] for row in left], attempt) if temperature else None
             rows = self.search(encoded[left], [prompts[row] for row in left], language, task, temperature, draws)
             found |= {row: (result, temperature) for row, result in zip(left, rows, strict=True)}
-            left = [row for row in left if self.fallback and self._is_poor(found[row][0])]
+            left = [
+                row for row in left if self.fallback and not found[row][0].problem and self._is_poor(found[row][0])
+            ]
             if not left:
                 break
         return [found[row] for row in range(len(running))]
@@ -268,6 +271,9 @@ class Sequential:
         return [self.whisper.grammar.previous, *prompt[-self.whisper.grammar.max_prompt :]] if prompt else []
 
     def _take(self, recording: Recording, found: Decoded, temperature: float) -> None:
+        if found.problem is not None:
+            recording.problem, recording.frame = found.problem, recording.frames
+            return
         window, frame_seconds = self._frames(recording), self.whisper.window.seconds / self.whisper.window.frames
         if self.fallback and self.fallback.is_silence(found):
             recording.frame += window

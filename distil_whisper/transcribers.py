@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from transformers import AutomaticSpeechRecognitionPipeline
+import torch
+from transformers import AutomaticSpeechRecognitionPipeline, LogitsProcessor
 
 from distil_whisper.audio import stack
-from distil_whisper.decoding import Decoder
+from distil_whisper.decoding import NOT_FINITE, Decoded, Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.tokens import Grammar, plain_text
@@ -23,10 +24,12 @@ LONGEST_PREFIX = 4  # <|startoftranscript|>, language, task, <|notimestamps|>
 
 @dataclass(frozen=True)
 class Transcript:
-    """The text of one recording, and what else is known of it (timestamps, whether the length limit was met)."""
+    """The text of one recording, and what else is known of it (timestamps, whether the length limit was met); problem:
+    why it is none."""
 
     text: str
     details: dict = field(default_factory=dict)
+    problem: str | None = None
 
 
 class ShortForm:
@@ -46,12 +49,12 @@ class ShortForm:
     ) -> list[Transcript]:
         """Transcribe recordings (mono at the model's rate). Raises ValueError for one longer than the window."""
         decoded = self.decoder(stack(waveforms, self.window), language, task)
-        return [self._transcript(row.ids, row.truncated) for row in decoded]
+        return [self._transcript(row) for row in decoded]
 
-    def _transcript(self, ids: list[int], truncated: bool) -> Transcript:
-        text = self.decoder.grammar.decode(ids)
+    def _transcript(self, row: Decoded) -> Transcript:
+        text = self.decoder.grammar.decode(row.ids)
         marked = {"timestamped": text} if self.decoder.return_timestamps else {}
-        return Transcript(plain_text(text), {**marked, "truncated": truncated})
+        return Transcript(plain_text(text), {**marked, "truncated": row.truncated}, row.problem)
 
 
 class Chunked:
@@ -107,13 +110,19 @@ class Chunked:
     ) -> list[Transcript]:
         """Transcribe recordings (mono at the model's rate), the chunks of all of them in common batches."""
         self.pipeline.call_count = 0  # it is given whole batches, and would warn after ten that it is not
+        check, told_of = FiniteLogits(), told(self.whisper.grammar, language, task)
         outputs = self.pipeline(
             waveforms,
             batch_size=self.batch_size,
             return_timestamps=self.return_timestamps,
-            generate_kwargs={**self.options, **told(self.whisper.grammar, language, task)},
+            generate_kwargs={**self.options, **told_of, "logits_processor": [check]},
         )
-        return [self._transcript(output) for output in outputs]
+        if not check.failed:
+            return [self._transcript(output) for output in outputs]
+        if len(waveforms) == 1:
+            return [Transcript("", problem=NOT_FINITE)]
+        alone = zip(waveforms, names, strict=True)  # which of them it was
+        return [self([waveform], language, task, [name])[0] for waveform, name in alone]
 
     def _transcript(self, output: dict) -> Transcript:
         if not self.return_timestamps:
@@ -123,6 +132,17 @@ class Chunked:
             for chunk in output["chunks"]
         ]
         return Transcript(" ".join(output["text"].split()), {"segments": segments})
+
+
+class FiniteLogits(LogitsProcessor):
+    """Changes nothing, and takes note of logits that are NaN."""
+
+    def __init__(self):
+        self.failed = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.failed = self.failed | scores.isnan().any()
+        return scores
 
 
 def new_tokens(whisper: LoadedWhisper, max_label_length: int | None, prompted: bool = False) -> int:
