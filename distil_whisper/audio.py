@@ -22,6 +22,8 @@ LOUDEST = 1e12  # samples; sound has 1, and the squares of a spectrum of much mo
 LOG_FLOOR, LOG_RANGE = 1e-10, 8.0  # smallest mel power, and how many powers of ten below the loudest are kept
 _BLOCK = 1 << 20  # samples read at once: a header may claim any length, what is there decides
 _UNKNOWN_LENGTH = 1 << 40  # a header that claims more frames than this does not know
+_SMALL = 300_000  # bytes of a file
+_MOST_EXPANDED = 50  # times, as speech in Opus at 12 kbit/s
 _SLACK_S = 0.1  # seconds of audio that a file may lack of those that its header claims: codecs pad
 
 Audio = bytes | str | Path | dict
@@ -69,6 +71,29 @@ def duration(audio: Audio) -> float:
     if not frames:
         raise AudioError("zero samples")
     return frames / rate
+
+
+def decoded_size(audio: Audio, sampling_rate: int) -> int:
+    """About how many bytes of memory audio takes once it is decoded, with those that it takes before that.
+
+    For a small file that is the most that a codec lets expect, without a look into it.
+    """
+    if isinstance(audio, dict) and audio.get("array") is not None:
+        return 8 * np.size(audio["array"])
+    try:
+        source = _file_of(audio)
+        encoded = os.path.getsize(source) if isinstance(source, str) else source.getbuffer().nbytes
+        here = 0 if isinstance(source, str) else encoded
+        if encoded < _SMALL:
+            return here + _MOST_EXPANDED * encoded
+        with _opened(audio) as file:
+            known = file.frames < _UNKNOWN_LENGTH
+            decoded = 4 * sampling_rate * file.frames // file.samplerate
+        return here + (decoded if known else _MOST_EXPANDED * encoded)
+    except _UnknownFormat:
+        return here + _MOST_EXPANDED * encoded
+    except AudioError:
+        return 0
 
 
 def encode(samples: np.ndarray, sampling_rate: int, format: str = "FLAC") -> bytes:

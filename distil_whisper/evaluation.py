@@ -22,7 +22,7 @@ from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normaliser, normaliser
 from distil_whisper.outputs import RECORDS, OutputFolder
 from distil_whisper.reading import Source
-from distil_whisper.recordings import LANGUAGE_COLUMN, Place, Recording, Recordings, RowShare, TextColumns
+from distil_whisper.recordings import LANGUAGE_COLUMN, Place, Recording, Recordings, RowShare, TextColumns, decoded
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.tokens import language_and_task
 from distil_whisper.transcribers import Transcript
@@ -224,9 +224,10 @@ class Evaluator:
     def _batches(self, split: EvaluationSet, done: frozenset[Place], problems: list) -> Iterator[list[Recording]]:
         """Recordings that can be transcribed, as many as are worth a call; the others go to the problems."""
         rate = self.whisper.window.sampling_rate
-        recordings = Recordings(split.source, split.columns, rate, self.longest, replace(self.share, done=done))
+        recordings = Recordings(split.source, split.columns, replace(self.share, done=done))
+        rows = DataLoader(recordings, batch_size=None, **workers(self.num_workers))
         batch: list[Recording] = []
-        for recording in DataLoader(recordings, batch_size=None, **workers(self.num_workers)):
+        for recording in decoded(rows, rate, self.longest, self.num_workers):
             if isinstance(recording, UserError):
                 raise recording
             if recording.problem is not None:

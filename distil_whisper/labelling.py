@@ -1,6 +1,5 @@
 """Pseudo-labelling of one unit of a dataset: rows in, windows to the teacher, labelled rows out, in order."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
-from distil_whisper.audio import AudioError, Window, decode, encode, stack
+from distil_whisper.audio import AudioError, Window, decode, decoded_size, encode, stack
 from distil_whisper.decoding import NOT_FINITE, Decoded, Decoder
 from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
@@ -21,6 +20,7 @@ from distil_whisper.mixing import batched
 from distil_whisper.models import LoadedWhisper
 from distil_whisper.normalisation import Normaliser, is_spaceless
 from distil_whisper.packing import Utterance, WindowAudio
+from distil_whisper.prefetch import prefetch
 from distil_whisper.reading import Source
 from distil_whisper.tokens import compression_ratio, plain_text
 
@@ -151,7 +151,7 @@ class UnitLabeller:
         """
         windows = islice(self.windows(source, unit, tally), tally.rows + tally.left_out, None)
         windows = tally.earlier.beside(windows, self.whisper.window.sampling_rate)
-        ready = _ahead(self._with_file, windows, self.settings.num_workers)
+        ready = prefetch(self._with_file, windows, self.settings.num_workers)
         return batched(ready, self.settings.run_batches * self.settings.batch_size)
 
     def rows(self, run: Sequence[WindowAudio], results: Sequence[Decoded], tally: Tally) -> list[dict]:
@@ -239,7 +239,8 @@ class UnitLabeller:
         """
         gaps: set[str] = set()
         rows = ((source.row_id(unit, number), row) for number, row in enumerate(source.rows(unit)))
-        for row_id, row, samples, told, problem in _ahead(self._decoded, rows, self.settings.num_workers):
+        workers = self.settings.num_workers
+        for row_id, row, samples, told, problem in prefetch(self._decoded, rows, workers, self._size):
             tally.read += 1
             owner = self.columns.owner
             recording = str(row[owner]) if owner and row[owner] is not None else row_id
@@ -249,6 +250,10 @@ class UnitLabeller:
                 continue
             yield Utterance(row_id, recording, row, samples, told, recording in gaps)
             gaps.discard(recording)
+
+    def _size(self, item: tuple[str, dict]) -> int:
+        """About how many bytes a row takes that is decoded."""
+        return decoded_size(item[1][self.columns.audio], self.whisper.window.sampling_rate)
 
     def _decoded(self, item: tuple[str, dict]) -> tuple:
         """A row's id, the row, its samples, what the teacher is told, and why it cannot be labelled, if so."""
@@ -449,21 +454,6 @@ def _one_ahead(items: Iterator, workers: int) -> Iterator:
         while (item := coming.result()) is not None:
             coming = pool.submit(next, items, None)
             yield item
-
-
-def _ahead(function, items: Iterable, workers: int) -> Iterator:
-    """`map` in order, some items ahead on that many threads; without threads, plain map."""
-    if workers < 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 4 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _stored(audio: dict) -> dict:

@@ -1,14 +1,15 @@
-"""The recordings of an evaluation: rows with transcripts, shared among processes, decoded by workers."""
+"""The recordings of an evaluation: rows with transcripts, shared among processes, read by workers."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from distil_whisper.audio import AudioError, decode
+from distil_whisper.audio import Audio, AudioError, decode, decoded_size
 from distil_whisper.errors import UserError
+from distil_whisper.prefetch import prefetch
 from distil_whisper.reading import Source
 
 LANGUAGE_COLUMN = "language"
@@ -31,12 +32,14 @@ class TextColumns:
 
 @dataclass(frozen=True)
 class Recording:
-    """A row that was read: its place, transcript and samples (mono), or the problem for which there are none."""
+    """A row that was read: its place, transcript and audio, as stored or as samples (mono), or the problem for which
+    there are none."""
 
     place: Place
     row_id: str
     reference: str = ""
     language: str | None = None
+    audio: Audio | None = None
     samples: np.ndarray | None = None
     problem: str | None = None
 
@@ -53,17 +56,15 @@ class RowShare:
 
 
 class Recordings(IterableDataset):
-    """The recordings of one process in order, read and decoded in the DataLoader's workers.
+    """The recordings of one process in order, with their audio as stored, read in the DataLoader's workers.
 
-    sampling_rate in hertz; longest: samples that a recording may have, None for any length. What makes the whole
-    split unusable comes as a UserError in place of a recording: a DataLoader would wrap its words in a traceback.
+    What makes the whole split unusable comes as a UserError in place of a recording: a DataLoader would wrap its words
+    in a traceback.
     """
 
-    def __init__(self, source: Source, columns: TextColumns, sampling_rate: int, longest: int | None, share: RowShare):
+    def __init__(self, source: Source, columns: TextColumns, share: RowShare):
         self.source = source
         self.columns = columns
-        self.sampling_rate = sampling_rate
-        self.longest = longest
         self.share = share
 
     def __iter__(self) -> Iterator[Recording | UserError]:
@@ -112,10 +113,29 @@ class Recordings(IterableDataset):
         reference = row[self.columns.text]
         if not isinstance(reference, str):
             return Recording(place, row_id, problem=f"no transcript in column {self.columns.text}")
+        return Recording(place, row_id, reference, row.get(LANGUAGE_COLUMN), row[self.columns.audio])
+
+
+def decoded(
+    recordings: Iterable[Recording | UserError], sampling_rate: int, longest: int | None, workers: int
+) -> Iterator[Recording | UserError]:
+    """The recordings with their samples, decoded ahead on threads, as many as memory allows.
+
+    sampling_rate in hertz; longest: samples that a recording may have, None for any length.
+    """
+
+    def decode_one(recording: Recording | UserError) -> Recording | UserError:
+        if isinstance(recording, UserError) or recording.problem is not None:
+            return recording
         try:
-            samples = decode(row[self.columns.audio], self.sampling_rate)
+            samples = decode(recording.audio, sampling_rate)
         except AudioError as error:
-            return Recording(place, row_id, problem=str(error))
-        if self.longest is not None and len(samples) > self.longest:
-            return Recording(place, row_id, problem=TOO_LONG)
-        return Recording(place, row_id, reference, row.get(LANGUAGE_COLUMN), samples)
+            return Recording(recording.place, recording.row_id, problem=str(error))
+        if longest is not None and len(samples) > longest:
+            return Recording(recording.place, recording.row_id, problem=TOO_LONG)
+        return replace(recording, audio=None, samples=samples)
+
+    def size_of(recording: Recording | UserError) -> int:
+        return decoded_size(getattr(recording, "audio", None), sampling_rate)
+
+    return prefetch(decode_one, recordings, workers, size_of)

@@ -10,7 +10,7 @@ from stages import write_manifest
 from distil_whisper import recordings
 from distil_whisper.errors import UserError
 from distil_whisper.reading import open_source
-from distil_whisper.recordings import TOO_LONG, Recordings, RowShare, TextColumns
+from distil_whisper.recordings import TOO_LONG, Recordings, RowShare, TextColumns, decoded
 
 COLUMNS = TextColumns("audio", "text")
 RATE = 16_000
@@ -31,7 +31,7 @@ def read(source, share: RowShare, workers: int, monkeypatch) -> list[list[record
     result = []
     for Info.id in range(workers):
         monkeypatch.setattr(recordings, "get_worker_info", lambda: Info)
-        result.append(list(Recordings(source, COLUMNS, RATE, None, share)))
+        result.append(list(Recordings(source, COLUMNS, share)))
     return result
 
 
@@ -40,7 +40,7 @@ def read(source, share: RowShare, workers: int, monkeypatch) -> list[list[record
 @pytest.mark.parametrize("processes, workers", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 2), (13, 1)])
 def test_every_row_is_read_once_by_someone(three_files, monkeypatch, streaming, limit, processes, workers):
     source = open_source(str(three_files), split="test", streaming=streaming)
-    everything = [recording.row_id for recording in Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))]
+    everything = [recording.row_id for recording in Recordings(source, COLUMNS, RowShare(0, 1))]
     assert len(everything) == 11
     shares = [read(source, RowShare(rank, processes, limit), workers, monkeypatch) for rank in range(processes)]
     found = [recording for share in shares for worker in share for recording in worker]
@@ -54,7 +54,7 @@ def test_every_row_is_read_once_by_someone(three_files, monkeypatch, streaming, 
 @pytest.mark.parametrize("processes, workers, limit", [(1, 1, None), (2, 2, 9), (2, 2, None), (4, 1, None)])
 def test_what_is_done_is_not_read_again(three_files, monkeypatch, streaming, processes, workers, limit):
     source = open_source(str(three_files), split="test", streaming=streaming)
-    everything = [recording.place for recording in Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))]
+    everything = [recording.place for recording in Recordings(source, COLUMNS, RowShare(0, 1))]
     done = frozenset(everything[place] for place in (0, 1, 4, 5, 8))
     shares = [RowShare(rank, processes, limit, done) for rank in range(processes)]
     found = [recording.place for share in shares for w in read(source, share, workers, monkeypatch) for recording in w]
@@ -79,7 +79,7 @@ def test_only_the_columns_that_are_needed_are_read(three_files, monkeypatch):
         return read_rows(unit, columns, start)
 
     monkeypatch.setattr(source, "rows", rows)
-    assert len(list(Recordings(source, COLUMNS, RATE, None, RowShare(0, 1)))) == 11
+    assert len(list(Recordings(source, COLUMNS, RowShare(0, 1)))) == 11
     assert asked == [["audio", "text"]] * 3
 
 
@@ -91,13 +91,14 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, utterances):
     (tmp_path / f"{utterances[1].id}.wav").unlink()
     source = open_source(str(manifest), split="test")
     longest = len(utterances[2].samples)
-    found = list(Recordings(source, TextColumns("audio", "sentence"), RATE, longest, RowShare(0, 1)))
+    rows = Recordings(source, TextColumns("audio", "sentence"), RowShare(0, 1))
+    found = list(decoded(rows, RATE, longest, 2))
     assert found[0].problem.startswith("unreadable: ")
     assert found[1].problem.startswith("missing file ")
     assert (found[2].problem, found[2].language, found[2].reference) == (None, "hi", utterances[2].text)
     assert np.allclose(found[2].samples, utterances[2].samples, atol=1e-4)
     assert found[3].problem == "no transcript in column sentence"
-    shorter = list(Recordings(source, TextColumns("audio", "sentence"), RATE, longest - 1, RowShare(0, 1)))
+    shorter = list(decoded(rows, RATE, longest - 1, 0))
     assert (shorter[2].problem, shorter[2].samples) == (TOO_LONG, None)
 
 
@@ -109,5 +110,5 @@ def test_a_file_that_cannot_be_read_comes_as_an_error_that_a_worker_can_send(thr
         yield
 
     monkeypatch.setattr(source, "rows", rows)
-    (error,) = Recordings(source, COLUMNS, RATE, None, RowShare(0, 1))
+    (error,) = Recordings(source, COLUMNS, RowShare(0, 1))
     assert str(pickle.loads(pickle.dumps(error))) == "unit 0 of speech/default/test cannot be read: the disk is gone"

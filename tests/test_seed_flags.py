@@ -249,17 +249,17 @@ def test_how_training_computes(asked, found, watched, student, taught, labelled,
 
 
 def test_how_labelling_computes(watched, monkeypatch, taught, speech_folder, tmp_path):
-    sizes, threads, decode_ahead = [], set(), labelling._ahead
+    sizes, threads, decode_ahead = [], set(), labelling.prefetch
 
-    def ahead(function, items, workers):
+    def ahead(function, items, workers, *size_of):
         threads.add(workers)
-        return decode_ahead(function, items, workers)
+        return decode_ahead(function, items, workers, *size_of)
 
     def decoder(self, waveforms, *told, decode=run_pseudo_labelling.Decoder.__call__):
         sizes.append(len(waveforms))
         return decode(self, waveforms, *told)
 
-    monkeypatch.setattr(labelling, "_ahead", ahead)
+    monkeypatch.setattr(labelling, "prefetch", ahead)
     monkeypatch.setattr(run_pseudo_labelling.Decoder, "__call__", decoder)
     flags = ["--dtype", "bfloat16", "--attn_type", "flash_attn", "--ddp_timeout", 7200, "--dataloader_num_workers", 2]
     batches = ["--per_device_eval_batch_size", 5, "--preprocessing_num_workers", 3]
