@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import psutil
@@ -50,6 +50,7 @@ from distil_whisper.labelling import (
     UnitAtWork,
     UnitLabeller,
     label_units,
+    most_frequent,
 )
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
@@ -192,7 +193,7 @@ class Job:
     uploads: BackgroundUploads | None = None
     batches: int = 0
     read: int = 0  # rows of the units that this process labelled, and those of them that it skipped
-    skipped: int = 0
+    skipped: list[dict] = field(default_factory=list)
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -459,7 +460,7 @@ def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
     write_readme(job.folder, card(job, []))
     if job.uploads:
         job.uploads.add(shard.name, "README.md")
-    job.read, job.skipped = job.read + tally.read, job.skipped + len(tally.skipped)
+    job.read, job.skipped = job.read + tally.read, job.skipped + tally.skipped
     check_skipped(job.args, job.read, job.skipped)
 
 
@@ -471,13 +472,14 @@ def leave(unit: ShardAtWork, stop: StopRequest) -> None:
     raise SystemExit(stop.exit_code)
 
 
-def check_skipped(args: Arguments, read: int, skipped: int, at_least: int = 100) -> None:
+def check_skipped(args: Arguments, read: int, skipped: list[dict], at_least: int = 100) -> None:
     """Raise UserError if too many rows cannot be labelled. A few rows say little: they are judged at the end."""
-    if read >= at_least and 100 * skipped > args.max_skipped * read:
+    if read >= at_least and 100 * len(skipped) > args.max_skipped * read:
         raise UserError(
-            f"{skipped} of {read} rows cannot be labelled, more than --max_skipped {args.max_skipped:g} percent; "
-            f"{SKIPPED_FILE} in {args.output_dir} says why: allow more to go on, or mend them (--long_audio split "
-            "takes audio longer than the window) and label anew with --overwrite_output_dir"
+            f"{len(skipped)} of {read} rows cannot be labelled ({most_frequent(skipped)}), more than --max_skipped "
+            f"{args.max_skipped:g} percent; {SKIPPED_FILE} in {args.output_dir} lists them: allow more to go on, or "
+            "mend them (--long_audio split takes audio longer than the window) and label anew with "
+            "--overwrite_output_dir"
         )
 
 
@@ -542,7 +544,7 @@ def report(job: Job, sources: list[Source], columns: list[Columns]) -> None:
         f"saved in {job.folder.path}"
         + (f"; {len(skipped)} skipped rows are listed in {SKIPPED_FILE}" if skipped else "")
     )
-    check_skipped(job.args, sum(summary["read"] for summary in summaries), len(skipped), at_least=0)
+    check_skipped(job.args, sum(summary["read"] for summary in summaries), skipped, at_least=0)
     windows, truncated = (sum(summary[name] for summary in summaries) for name in ("rows", "truncated"))
     if problem := job.truncation.problem(windows, truncated):
         raise UserError(problem)

@@ -39,8 +39,9 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
     numbers that no sound has; and for a file that is cut short or damaged, as far as its container tells.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
-        samples, rate = np.asarray(audio["array"], dtype=np.float32), audio["sampling_rate"]
-        samples = samples.mean(axis=0) if samples.ndim == 2 else samples
+        samples, rate = _from_array(np.asarray(audio["array"])), audio["sampling_rate"]
+        if not rate:
+            raise AudioError("no sampling rate")
     else:
         samples, rate = _read(audio)
     peak = np.abs(samples).max(initial=0.0)
@@ -61,7 +62,7 @@ def duration(audio: Audio) -> float:
     Raises AudioError as decode does, except for what only the samples can show.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
-        return np.shape(audio["array"])[-1] / audio["sampling_rate"]
+        return max(np.shape(audio["array"])) / audio["sampling_rate"]
     try:
         with _opened(audio) as file:
             frames, rate = file.frames if file.frames < _UNKNOWN_LENGTH else len(_mono(file)), file.samplerate
@@ -201,6 +202,20 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
+def _from_array(samples: np.ndarray) -> np.ndarray:
+    """Samples of any type and number of channels as float32 mono in [-1, 1]: integers as large as their type allows.
+
+    Integers of 64 bits, which nobody samples in, are of 16 where all would fit, else of 32.
+    """
+    kind, bits = samples.dtype.kind, 8 * samples.dtype.itemsize
+    if kind in "iu":
+        if bits == 64:
+            bits = 16 if np.abs(samples).max(initial=0) <= 1 << 15 else 32
+        samples = (samples.astype(np.float64) - (1 << bits - 1) * (kind == "u")) / (1 << bits - 1)
+    samples = samples.astype(np.float32)
+    return samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
+
+
 class _UnknownFormat(AudioError):
     """A file that libsndfile does not open."""
 
@@ -258,7 +273,7 @@ def _file_of(audio: Audio) -> io.BytesIO | str:
             raise AudioError("empty file")
         return io.BytesIO(audio)
     if not os.path.isfile(audio):
-        raise AudioError(f"missing file {audio}")
+        raise AudioError(f"missing file: {audio}")
     if not os.path.getsize(audio):
         raise AudioError("empty file")
     return str(audio)

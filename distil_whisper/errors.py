@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +25,21 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(found), allowed, n=1, cutoff=0.5)
     listed = ", ".join(allowed) if len(allowed) <= 20 else ", ".join(allowed[:20]) + f", ... ({len(allowed)} in all)"
     return f"(allowed: {listed}{f'; did you mean {close[0]}?' if close else ''})"
+
+
+def refuse_missing_path(name: str, suffixes: tuple[str, ...] = (), argument: str = "") -> None:
+    """Raise UserError for a name that is a path by its form, or by a suffix, where there is nothing of that name.
+
+    No name on the Hub has such a form, so that the Hub need not be asked.
+    """
+    path = Path(name)
+    is_path = name.startswith((".", os.sep, "~")) or name.endswith(suffixes) or name.count("/") > 1
+    if not is_path or path.exists():
+        return
+    beside = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    meant = f"; did you mean {path.parent / close[0]}?" if close else ""
+    raise UserError(f"{argument and f'{argument} {name}: '}there is no file or folder {name}{meant}")
 
 
 def exit_on_user_error(main: Callable[[], object]) -> None:

@@ -1,5 +1,7 @@
 """Pseudo-labelling of one unit of a dataset: rows in, windows to the teacher, labelled rows out, in order."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -91,6 +93,12 @@ class Tally:
         """What it takes to go on behind the windows that are labelled; the rest is found again by reading."""
         found = {"rows": self.rows, "seconds": self.seconds, "previous": self.previous, "left_out": self.left_out}
         return {**found, "skipped": [row for row in self.skipped if row["reason"] == NOT_FINITE]}
+
+
+def most_frequent(skipped: Iterable[dict]) -> str:
+    """The reasons for which most of the rows were skipped, without what is particular to each row."""
+    kinds = Counter(re.split(r"[:(]", row["reason"])[0].strip() for row in skipped)
+    return ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common(3))
 
 
 def expected_lengths(windows: Sequence[WindowAudio], texts: Sequence[str | None]) -> list[float]:
@@ -457,6 +465,10 @@ def _one_ahead(items: Iterator, workers: int) -> Iterator:
 
 
 def _stored(audio: dict) -> dict:
-    """Audio as a row of the dataset keeps it: its bytes, and the name of its file without the folders."""
+    """Audio as a row of the dataset keeps it: its bytes, and the name of its file without the folders; samples as a
+    FLAC file at their rate."""
+    if audio.get("array") is not None:
+        rate = audio["sampling_rate"]
+        return {"bytes": encode(decode(audio, rate), rate), "path": None}
     data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
     return {"bytes": data, "path": Path(audio["path"]).name if audio["path"] else None}

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -137,7 +138,11 @@ def _broken(path: Path, error: json.JSONDecodeError, line: int | None = None):
 def _csv_rows(text: str, path: Path, exact: Collection[str]) -> list[dict]:
     # Tab-separated files such as Common Voice's do not quote, and their transcripts may begin with a quotation mark.
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    rows = list(csv.DictReader(io.StringIO(text), strict=True, **dialect))
+    reader = csv.DictReader(io.StringIO(text), strict=True, **dialect)
+    for name, count in Counter(reader.fieldnames or ()).items():
+        if count > 1:
+            raise UserError(f"{path} has {count} columns called {name}; give each a name of its own")
+    rows = list(reader)
     for index, row in enumerate(rows):
         if None in row or None in row.values():
             raise UserError(f"row {index} of {path} has not as many cells as the first line has names")
@@ -161,6 +166,8 @@ def _numbers(cells: list[str], exact: bool) -> list:
 
 
 def _audio_path(value, where: str) -> str | None:
+    if isinstance(value, dict) and "path" not in value:
+        raise UserError(f"{where} must give its audio as a path, not as a dict without one")
     path = value.get("path") if isinstance(value, dict) else value
     if path is not None and not isinstance(path, str):
         raise UserError(f"{where} must give its audio as a path, not as a {type(path).__name__}")

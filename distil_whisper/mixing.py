@@ -227,7 +227,7 @@ class MapExamples(Dataset):
         dataset, position, visit, counts = key
         training_set = self.sets[dataset]
         index = int(training_set.kept[position])
-        row = training_set.source.dataset[index]
+        row = training_set.source.row(index)
         row_id = training_set.row_id(row, *training_set.source.locate(index))
         row = training_set.row_filter.trimmed(row)
         visit = visit_of_mixture(visit, dataset, len(self.sets))

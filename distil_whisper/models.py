@@ -24,7 +24,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES, TASK_IDS
 from distil_whisper.arguments import attention
 from distil_whisper.attention import BY_PRODUCTS
 from distil_whisper.audio import Window
-from distil_whisper.errors import UserError
+from distil_whisper.errors import UserError, refuse_missing_path
 from distil_whisper.outputs import RECORDS, OutputFolder, remove
 from distil_whisper.tokens import Grammar
 
@@ -88,6 +88,7 @@ def load_whisper(
         raise UserError(f"{argument} {name} is a file; give the folder of the checkpoint, {Path(name).parent}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     fastest = BY_PRODUCTS if device.type == "cpu" and dtype == "bfloat16" else None
+    refuse_missing_path(name, argument=argument)
     config = _load(AutoConfig, name, argument, cache_dir=cache_dir)
     if (Path(name) / "generation_config.json").is_file():  # loading the model passes over a damaged one
         _load(GenerationConfig, name, argument)

@@ -1,8 +1,6 @@
 """What labelling will take, from a short trial: rows, hours of audio, time and disk."""
 
-import io
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -10,11 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import soundfile
 from datasets import Features
 
+from distil_whisper.audio import AudioError, duration
+from distil_whisper.errors import UserError
 from distil_whisper.handoff import shard_writer
-from distil_whisper.labelling import Tally, UnitAtWork, UnitLabeller, label_units
+from distil_whisper.labelling import Tally, UnitAtWork, UnitLabeller, label_units, most_frequent
 from distil_whisper.reading import Source, Unit
 
 TRIAL_UNITS, TRIAL_RUNS, ROWS_LOOKED_AT = 4, 2, 200
@@ -33,6 +32,7 @@ class Plan:
     bytes: float
     windows: int = 0
     truncated: int = 0
+    unusable: str = ""  # what there was of that among the rows that were looked at
 
     def lines(self, processes: int, overhead: float) -> list[str]:
         """The plan in words, for so many processes that each need some seconds before and after the work."""
@@ -43,6 +43,7 @@ class Plan:
             f"{self.bytes / 1e6:,.1f} MB of disk",
             f"  {self.truncated} of {self.windows} labels truncated in the trial "
             f"({100 * self.truncated / max(self.windows, 1):.1f}%)",
+            *([f"  {self.unusable}"] if self.unusable else []),
         ]
 
 
@@ -61,14 +62,22 @@ def estimate(source: Source, labeller: UnitLabeller, features: Features) -> Plan
     units = len(source.units)
     chosen = sorted({number * units // TRIAL_UNITS for number in range(TRIAL_UNITS)} - {units})
     rows = source.num_rows if source.num_rows is not None else _rows_by_size(source, chosen)
-    heard, took, size, labelled = _trial(source, chosen, labeller, features)
+    tallies, took, size, labelled = _trial(source, chosen, labeller, features)
+    heard, skipped = sum(t.seconds for t in tallies), [row for tally in tallies for row in tally.skipped]
     if not heard:
+        if skipped:
+            raise UserError(f"no row of {source.label} that was tried can be labelled ({most_frequent(skipped)})")
         return Plan(source.label, rows, units, 0.0, 0.0, 0.0)
-    lengths = [seconds for unit in chosen for seconds in _lengths(source, source.units[unit], labeller.columns.audio)]
-    audio_seconds = statistics.fmean(lengths or [0.0]) * rows
+    found = [row for unit in chosen for row in _lengths(source, source.units[unit], labeller.columns.audio)]
+    lengths = [row for row in found if isinstance(row, float)]
+    audio_seconds = sum(lengths) / max(len(found), 1) * rows
     times = audio_seconds / heard
+    unread = [{"reason": row} for row in found if isinstance(row, str)]
+    skips = (
+        f"{len(unread):,} of {len(found):,} rows looked at cannot be read ({most_frequent(unread)})" if unread else ""
+    )
     tried = len(labelled), sum(labelled)
-    return Plan(source.label, rows, units, audio_seconds / 3600, took * times, size * times, *tried)
+    return Plan(source.label, rows, units, audio_seconds / 3600, took * times, size * times, *tried, skips)
 
 
 def _rows_by_size(source: Source, chosen: list[int]) -> int:
@@ -83,8 +92,8 @@ def _rows_by_size(source: Source, chosen: list[int]) -> int:
 
 def _trial(
     source: Source, units: list[int], labeller: UnitLabeller, features: Features
-) -> tuple[float, float, int, list[bool]]:
-    """Label the first windows of units: seconds of audio, the seconds that took, the bytes of the rows, and whether
+) -> tuple[list[Tally], float, int, list[bool]]:
+    """Label the first windows of units: what became of them, the seconds that took, the bytes of the rows, and whether
     each label was truncated.
 
     The first of all warm the machine up and are done twice.
@@ -105,22 +114,20 @@ def _trial(
 
             list(label_units(trials, keep, workers))
         took = time.perf_counter() - began
-        size = path.stat().st_size if path.exists() else 0
-        return sum(unit.tally.seconds for unit in trials), took, size, truncated
+        return [unit.tally for unit in trials], took, path.stat().st_size if path.exists() else 0, truncated
 
 
-def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float]:
-    """Seconds of rows of a unit, from the headers of their files; those that cannot be read have none.
+def _lengths(source: Source, unit: Unit, audio_column: str) -> Iterator[float | str]:
+    """Seconds of rows of a unit, from the headers of their files, or why they cannot be read.
 
     The rows are spread over the unit where that does not mean to fetch what lies between them.
     """
     step = 1 if source.streaming else max(math.ceil((unit.rows or 0) / ROWS_LOOKED_AT), 1)
     for row in islice(source.rows(unit.index, [audio_column], step=step), ROWS_LOOKED_AT):
-        audio = row[audio_column]
         try:
-            yield soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"]).duration
-        except (RuntimeError, TypeError, OSError):
-            yield 0.0
+            yield float(duration(row[audio_column]))
+        except AudioError as error:
+            yield str(error)
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import bisect
 import contextlib
-import difflib
 import hashlib
 import itertools
 import multiprocessing
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import multiprocess
+import numpy as np
 from datasets import (
     Audio,
     Dataset,
@@ -20,6 +20,8 @@ from datasets import (
     DownloadMode,
     Features,
     IterableDataset,
+    LargeList,
+    List,
     ReadInstruction,
     Value,
     get_dataset_config_names,
@@ -39,7 +41,7 @@ from fsspec.core import url_to_fs
 from httpx2 import HTTPError, TransportError
 
 from distil_whisper import row_groups
-from distil_whisper.errors import UserError, nearest
+from distil_whisper.errors import UserError, nearest, refuse_missing_path
 from distil_whisper.manifests import (
     MANIFEST_SUFFIXES,
     is_audio_folder,
@@ -100,6 +102,7 @@ class Source:
         self.features: Features = data.features
         self._data = data
         self._parquet_files = parquet_files
+        self._sample_type = _sample_type(self.features[audio_column])
         self._starts = list(itertools.accumulate((unit.rows or 0 for unit in units), initial=0))
 
     @property
@@ -123,14 +126,24 @@ class Source:
         try:
             for table in self._tables(unit_index, columns or self.column_names, start):
                 for index in range(wanted, table.num_rows, step):
-                    row = table.slice(index, 1).to_pylist()[0]
-                    if self.audio_column in row and row[self.audio_column] is None:
-                        row[self.audio_column] = {"bytes": None, "path": None}
-                    yield row
+                    yield self._with_audio(table.slice(index, 1).to_pylist()[0])
                 wanted = (wanted - table.num_rows) % step
         except _UNREADABLE as error:
             name = self.units[unit_index].file or f"unit {unit_index}"
             raise UserError(f"{name} of {self.label} cannot be read: {_reason(error)}") from error
+
+    def row(self, index: int) -> dict:
+        """A row of `dataset`, audio as in `rows`."""
+        return self._with_audio(self._data[index])
+
+    def _with_audio(self, row: dict) -> dict:
+        """A row whose audio is a dict, also where there is none, and whose samples have the type that they have."""
+        if self.audio_column in row:
+            audio = row[self.audio_column] or {"bytes": None, "path": None}
+            if audio.get("array") is not None:
+                audio = {**audio, "array": np.asarray(audio["array"], self._sample_type)}
+            row[self.audio_column] = audio
+        return row
 
     def count_rows(self) -> list[int | None]:
         """How many rows each unit has; for streamed Parquet the ends of all files are read.
@@ -224,8 +237,8 @@ def open_source(
     exact: Collection[str] = (),
     rows_per_unit: int = 1000,
 ) -> Source:
-    """Open a split of a Hub dataset, a folder of Parquet (also by a URL such as s3://, with the configuration as a
-    folder in it), a save_to_disk folder, a manifest or an audio folder.
+    """Open a split of a Hub dataset, a Parquet file or a folder of them (also by a URL such as s3://, with the
+    configuration as a folder in it), a save_to_disk folder, a manifest or an audio folder.
 
     exact: columns of a CSV whose numbers are to be told apart as they are written (1.5 and 1.50).
     A unit is an input file where `datasets` reads the files, else rows_per_unit rows (as for a slice, train[:100]).
@@ -236,8 +249,10 @@ def open_source(
     if local is not None:
         data, lengths, config, files = _sliced(local, split), None, "default", []
     else:
-        builder = (_builder_of_url if _is_url(name) else _builder)(name, config, split, cache_dir)
-        config = config if _is_url(name) and config else builder.config.name
+        is_file = not _is_url(name) and os.path.isfile(name)
+        opened = _builder_of_file if is_file else _builder_of_url if _is_url(name) else _builder
+        builder = opened(name, config, split, cache_dir)
+        config = "default" if is_file else config if _is_url(name) and config else builder.config.name
         if isinstance(builder, Parquet):
             builder.config.batch_size = _ROWS_OF_PARQUET
         # Without the Hub a dataset comes from the cache, whose files are not the units: it is on this disk anyway.
@@ -251,7 +266,7 @@ def open_source(
     if audio_column not in data.features:
         found = nearest(audio_column, data.features)
         raise UserError(f"--audio_column_name {audio_column} is not a column of {name} {found}")
-    data = _undecoded(data, audio_column)
+    data = _undecoded(data, audio_column, name)
     units = _units(data, lengths, rows_per_unit, files)
     return Source(name, config, split, audio_column, data, units, streaming, parquet_files)
 
@@ -262,6 +277,11 @@ def require_columns(source: Source, **columns: str | None) -> None:
         if column is not None and column not in source.features:
             allowed = nearest(column, source.column_names)
             raise UserError(f"--{argument} {column} is not a column of {source.label} {allowed}")
+        if column is not None and column == source.audio_column:
+            others = [name for name in source.column_names if name != column]
+            raise UserError(
+                f"--{argument} {column} is the column of {source.label} that holds the audio {nearest(column, others)}"
+            )
 
 
 def _open_local(name: str, split: str, audio_column: str, exact: Collection[str]) -> Dataset | None:
@@ -270,15 +290,13 @@ def _open_local(name: str, split: str, audio_column: str, exact: Collection[str]
     if path.is_dir():
         return _open_folder(path, split, audio_column, exact)
     if path.is_file():
+        if path.suffix == _PARQUET:
+            return None
         if path.suffix not in MANIFEST_SUFFIXES:
             allowed = ", ".join(MANIFEST_SUFFIXES)
-            raise UserError(f"{name} is not a manifest: the name of one ends in {allowed}")
+            raise UserError(f"{name} is not a manifest: the name of one ends in {allowed} (or {_PARQUET})")
         return read_manifest(path, audio_column, exact)
-    if name.startswith((".", os.sep, "~")) or name.endswith(MANIFEST_SUFFIXES) or name.count("/") > 1:
-        beside = os.listdir(path.parent) if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, beside, n=1)
-        meant = f"; did you mean {path.parent / close[0]}?" if close else ""
-        raise UserError(f"there is no file or folder {name}{meant}")
+    refuse_missing_path(name, (*MANIFEST_SUFFIXES, _PARQUET))
     return None
 
 
@@ -323,7 +341,10 @@ def _sliced(dataset: Dataset, split: str) -> Dataset:
         (part,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: len(dataset)})
     except (ValueError, AssertionError) as error:
         raise UserError(f"{split} is not a slice of a split: {_reason(error)}") from error
-    return dataset.select(range(part.from_, part.to))
+    first, last = part.from_, min(part.to, len(dataset))
+    if first >= last:
+        raise UserError(f"the slice {split} is empty: there are {len(dataset):,} rows")
+    return dataset.select(range(first, last))
 
 
 def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
@@ -348,6 +369,18 @@ def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
         )
     _known_split(split, builder.config.data_files or builder.info.splits or [], name)
     return builder
+
+
+def _builder_of_file(path: str, config: str | None, split: str, cache_dir: str | None):
+    """A builder of one Parquet file on this disk, which is whatever split is asked for."""
+    if config not in (None, "default"):
+        raise UserError(f"{path} is a file and has no config {config}; leave its config out")
+    files = {split.partition("[")[0]: [os.path.abspath(path)]}
+    try:
+        builder = load_dataset_builder("parquet", data_files=files, cache_dir=cache_dir)
+        return load_dataset_builder("parquet", data_files=files, cache_dir=_cache_of_files(builder, cache_dir))
+    except _UNREADABLE as error:
+        raise UserError(f"{path} cannot be read as a dataset: {_reason(error)}") from error
 
 
 def _is_url(name: str) -> bool:
@@ -460,11 +493,40 @@ def _files(builder, split: str) -> list[tuple[str, int | None]]:
     return [(path.rpartition("/")[2], sizes.get(url_to_fs(path)[1])) for path in paths]
 
 
-def _undecoded(data: Dataset | IterableDataset, audio_column: str):
-    for name, feature in data.features.items():
-        if name == audio_column or isinstance(feature, Audio):
-            data = data.cast_column(name, Audio(decode=False))
+def _undecoded(data: Dataset | IterableDataset, audio_column: str, name: str):
+    """The data with its audio as stored. Raises UserError for an audio column that holds none."""
+    for column, feature in data.features.items():
+        is_audio = isinstance(feature, Audio)
+        if column == audio_column and not is_audio:
+            if _sample_type(feature) is not None:
+                continue
+            _require_files(feature, f"column {column} of {name}")
+        if column == audio_column or is_audio:
+            data = data.cast_column(column, Audio(decode=False))
     return data
+
+
+def _require_files(feature, where: str) -> None:
+    """Raise UserError for a column that can hold neither files nor their paths."""
+    kind = str(getattr(feature, "dtype", ""))
+    if kind in ("string", "large_string", "binary", "large_binary", "null"):
+        return
+    if isinstance(feature, dict) and {"bytes", "path"} & set(feature):
+        return
+    found = (
+        "samples without their sampling rate" if isinstance(feature, (List, LargeList)) else f"no audio, but {feature}"
+    )
+    raise UserError(f"{where} holds {found}; it must hold files, their paths, or array with sampling_rate")
+
+
+def _sample_type(feature) -> str | None:
+    """The type of the samples of an audio column {"array", "sampling_rate"}, None for another column."""
+    if isinstance(feature, Audio) or not isinstance(feature, dict) or not {"array", "sampling_rate"} <= set(feature):
+        return None
+    samples = feature["array"]
+    while isinstance(samples, (List, LargeList)):  # channels
+        samples = samples.feature
+    return samples.dtype
 
 
 def _units(

@@ -38,7 +38,12 @@ class SourceFlags:
         return max(len(split_plus(value)) for value in (self.names, self.configs, self.splits))
 
     def spread(self, flag: str, value: str | None) -> list[str | None]:
-        """The entries of another + list of these datasets. Raises UserError where its length does not match."""
+        """The entries of another + list of these datasets.
+
+        Raises UserError for an empty entry, and where its length does not match.
+        """
+        if value and "+" in value and not all(part.strip() for part in value.split("+")):
+            raise UserError(f"{flag} {value} has an empty entry; put a name between, before and after each +")
         longest = max((self.names, self.configs or "", self.splits), key=lambda text: len(split_plus(text)))
         longest_flag = {self.names: self.name_flag, self.configs: self.config_flag, self.splits: self.split_flag}[
             longest
@@ -52,7 +57,7 @@ def open_sources(args, prefix: str = "dataset") -> list[Source]:
     Raises UserError for lists that do not match, an output folder in a dataset's, and what open_source refuses.
     """
     flags = SourceFlags.of(args, prefix)
-    if not flags.names:
+    if not flags.names or flags.names.strip().lower() == "none":
         raise UserError(f"{flags.name_flag} is missing; name a dataset on the Hub, a folder or a manifest")
     check_apart(args.output_dir, filter(None, split_plus(flags.names)))
     return [

@@ -80,12 +80,28 @@ def test_bytes_paths_and_what_datasets_holds_are_the_same_audio(tmp_path):
         assert duration(form) == SECONDS
 
 
+@pytest.mark.parametrize(
+    ("kind", "factor", "offset"),
+    [("int16", 2**15, 0), ("int32", 2**31, 0), ("int8", 2**7, 0), ("uint8", 2**7, 2**7), ("int64", 2**15, 0)],
+)
+def test_integers_are_scaled_by_their_type(kind, factor, offset):
+    for samples in (tone(RATE), np.stack([tone(RATE) * 0.5, tone(RATE) * 1.5]), np.stack([tone(RATE)] * 2, axis=1)):
+        array = np.round(samples * (factor - 1) + offset).astype(kind)
+        audio = {"array": array, "sampling_rate": RATE}
+        np.testing.assert_allclose(decode(audio, RATE), tone(RATE), atol=1.5 / 2**7 if "8" in kind else 1e-4)
+        assert duration(audio) == SECONDS
+    large = {"array": np.array([-(2**31), 2**30], "int64"), "sampling_rate": RATE}
+    np.testing.assert_array_equal(decode(large, RATE), [-1, 0.5])
+    with pytest.raises(AudioError, match="no sampling rate"):
+        decode({"array": tone(RATE), "sampling_rate": None}, RATE)
+
+
 BROKEN = [
     (b"", "empty file"),
     ({"bytes": b"", "path": "a.wav"}, "empty file"),
     ({"bytes": None, "path": None}, "no audio"),
     (None, "no audio"),
-    ("no-such-file.wav", "missing file no-such-file.wav"),
+    ("no-such-file.wav", "missing file: no-such-file.wav"),
     (b"this is no sound at all, but text", "unreadable: Format not recognised"),
     (encoded(tone(RATE), RATE)[:20], "unreadable: "),
     (encoded(np.zeros(0, np.float32), RATE), "zero samples"),

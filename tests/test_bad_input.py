@@ -102,7 +102,7 @@ def launched(taught, student, toy_english_only, speech_folder, bad_rows, tmp_pat
         ("a model into somebody's folder", "theirs/README.md exists and was not written by this stage"),
         (
             "too many bad rows",
-            "2 of 6 rows cannot be labelled, more than --max_skipped 5 percent; skipped.jsonl in",
+            "2 of 6 rows cannot be labelled (1 x unreadable, 1 x longer than the window), more than --max_skipped 5",
         ),
     ],
 )
@@ -248,10 +248,30 @@ def test_a_limit_needs_its_column_in_pseudo_labels_alone(
         (["--task", "translat"], "translat"),
         (["--model_name_or_path", "SPEECH"], "cannot be loaded as a Whisper checkpoint"),
         (["--dataset_config_name", "hi"], "has no config hi (allowed: default"),
+        (["--dataset_name", "SPEECH+"], "has an empty entry; put a name between, before and after each +"),
+        (["--dataset_name", "+SPEECH"], "has an empty entry"),
+        (["--dataset_name", "+"], "--dataset_name + has an empty entry"),
+        (["--dataset_name", "none"], "--dataset_name is missing"),
+        (["--dataset_split_name", "train+"], "--dataset_split_name train+ has an empty entry"),
+        (
+            ["--text_column_name", "audio"],
+            "--text_column_name audio is the column of speech0/default/train that holds",
+        ),
+        (["--id_column_name", "audio"], "--id_column_name audio is the column of"),
+        (["--speaker_id_column_name", "audio"], "--speaker_id_column_name audio is the column of"),
+        (["--recording_id_column_name", "audio"], "--recording_id_column_name audio is the column of"),
+        (["--dataset_split_name", "train[30:40]"], "speech0 cannot be read: Instruction "),
+        (
+            ["--model_name_or_path", "./nomodel"],
+            "--model_name_or_path ./nomodel: there is no file or folder ./nomodel",
+        ),
+        (["--model_name_or_path", "a/b/nomodel"], "there is no file or folder a/b/nomodel"),
+        (["--dataset_name", "./nodata"], "there is no file or folder ./nodata"),
+        (["--dataset_name", "gone.parquet"], "there is no file or folder gone.parquet"),
     ],
 )
 def test_mistakes_of_labelling_are_one_sentence(flags, sentence, taught, speech_folder, tmp_path):
-    flags = [speech_folder if flag == "SPEECH" else flag for flag in flags]
+    flags = [str(flag).replace("SPEECH", str(speech_folder)) for flag in flags]
     with pytest.raises(UserError) as caught:
         label(taught, speech_folder, tmp_path / "out", *ENGLISH, *flags)
     assert sentence in str(caught.value) and "\n" not in str(caught.value).strip()
@@ -314,6 +334,18 @@ def write_table(folder, utterances, texts: list[str]):
     lines = [f"{number}.wav,{text},{number}.{number}0" for number, text in enumerate(texts)]
     (folder / "numbers.csv").write_text("\n".join(["audio,text,id", *lines]) + "\n")
     return folder / "numbers.csv"
+
+
+def test_a_dry_run_says_what_cannot_be_read(taught, utterances, tmp_path, capsys):
+    manifest = write_manifest(tmp_path / "train.json", utterances[:4])
+    (tmp_path / f"{utterances[1].id}.wav").unlink()
+    (tmp_path / f"{utterances[2].id}.wav").write_bytes(b"no sound")
+    label(taught, manifest, tmp_path / "out", *ENGLISH, "--dry_run")
+    assert "  2 of 4 rows looked at cannot be read (1 x missing file, 1 x unreadable)" in capsys.readouterr().out
+    for utterance in utterances[:4]:
+        (tmp_path / f"{utterance.id}.wav").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"no row of .*train that was tried can be labelled \(4 x missing file\)"):
+        label(taught, manifest, tmp_path / "out", *ENGLISH, "--dry_run")
 
 
 SPELT = [["1", "22", "3"], ["1.50", "22", ".5"]]

@@ -53,7 +53,7 @@ def test_numbers_of_a_table_can_be_told_apart_as_they_are_written(tmp_path, stre
 def test_a_row_whose_audio_is_missing_is_left_to_the_decoder(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"audio": "gone.wav"}\n\n{"audio": null}\n')
     gone, none = open_source(str(tmp_path / "m.jsonl")).rows(0)
-    with pytest.raises(AudioError, match=r"missing file .*gone\.wav"):
+    with pytest.raises(AudioError, match=r"missing file: .*gone\.wav"):
         decode(gone["audio"], RATE)
     with pytest.raises(AudioError, match="no audio"):
         decode(none["audio"], RATE)
@@ -82,8 +82,14 @@ MALFORMED = [
     ("m.json", '[{"audi": "a"}]', r"--audio_column_name audio is not a column of .*did you mean audi\?"),
     ("m.csv", "audio,text\na.wav\n", "row 0 of .*m.csv has not as many cells as the first line has names"),
     ("m.csv", "audio,text\na.wav,b\nc.wav,d,e\n", "row 1 of .*m.csv has not as many cells"),
+    ("m.csv", "audio,text,text\na.wav,b,c\n", "m.csv has 2 columns called text; give each a name of its own"),
+    ("m.json", '[{"audio": {"array": [0.1]}}]', "row 0 of .*m.json must give its audio as a path, not as a dict"),
     ("m.csv", b"audio,text\na.wav,\xff\n", "m.csv cannot be read: 'utf-8' codec"),
-    ("m.txt", "audio", r"m.txt is not a manifest: the name of one ends in \.json, \.jsonl, \.csv, \.tsv"),
+    (
+        "m.txt",
+        "audio",
+        r"m.txt is not a manifest: the name of one ends in \.json, \.jsonl, \.csv, \.tsv \(or \.parquet\)",
+    ),
 ]
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,63 @@ def test_however_the_audio_is_stored(kind, streaming, tmp_path, spoken, open_sou
         assert list(row["audio"]) == ["bytes", "path"]
         np.testing.assert_allclose(decode(row["audio"], RATE), utterance.samples, atol=1e-4)
     assert streaming or source.dataset[0] == rows[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["float32", "float64", "int16", "int32"])
+def test_samples_with_their_rate(kind, streaming, tmp_path, spoken, open_source):
+    largest = np.iinfo(kind).max if kind.startswith("int") else 1
+    rows = [{"array": (u.samples * largest).astype(kind), "sampling_rate": RATE} for u in spoken]
+    arrow = pa.struct({"array": pa.list_(pa.from_numpy_dtype(kind)), "sampling_rate": pa.int64()})
+    table = as_dataset(spoken).data.table.replace_schema_metadata(None).set_column(0, "audio", pa.array(rows, arrow))
+    source = open_source(str(write_parquet(tmp_path / "speech", table)), streaming=streaming)
+    for number, (row, utterance) in enumerate(zip(all_rows(source).values(), spoken, strict=True)):
+        assert row["audio"]["array"].dtype == kind
+        np.testing.assert_allclose(decode(row["audio"], RATE), utterance.samples, atol=1e-4)
+        if not streaming:
+            np.testing.assert_array_equal(source.row(number)["audio"]["array"], row["audio"]["array"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([[0.1, 0.2]] * 11, "samples without their sampling rate"),
+        (list(range(11)), "no audio, but Value('int64')"),
+        ([{"samples": [0.1]}] * 11, "no audio, but {'samples': List(Value('float64'))}"),
+    ],
+)
+def test_a_column_that_can_hold_no_audio(values, found, streaming, tmp_path, spoken, open_source):
+    table = as_dataset(spoken).data.table.replace_schema_metadata(None).set_column(0, "audio", pa.array(values))
+    path = write_parquet(tmp_path / "speech", table)
+    with pytest.raises(
+        UserError, match=f"column audio of .*speech holds {re.escape(found)}; it must hold files, their"
+    ):
+        open_source(str(path), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_parquet_file_is_whatever_split_is_asked_for(tmp_path, spoken, open_source, streaming):
+    file = str(make_parquet(tmp_path, spoken) / "train-00001-of-00003.parquet")
+    for split in ("train", "test"):
+        source = open_source(file, split=split, streaming=streaming)
+        assert source.label == f"train-00001-of-00003.parquet/default/{split}" and len(source.units) == 1
+        assert [row["n"] for row in source.rows(0)] == [5, 6]
+    with pytest.raises(UserError, match="is a file and has no config hi; leave its config out"):
+        open_source(file, "hi", streaming=streaming)
+    Path(file).write_bytes(b"no Parquet")
+    with pytest.raises(UserError, match=r"cannot be (read|streamed)"):
+        list(open_source(file, streaming=streaming).rows(0))
+
+
+@pytest.mark.parametrize("split", ["train[11:]", "train[20:30]", "train[3:3]", "train[:0]", "train[5:2]"])
+def test_a_slice_without_rows_is_refused(split, tmp_path, spoken, open_source):
+    with pytest.raises(UserError, match=re.escape(f"the slice {split} is empty: there are 11 rows")):
+        open_source(str(make_json(tmp_path, spoken)), split=split)
+
+
+def test_a_slice_ends_with_the_rows(tmp_path, spoken, open_source):
+    assert open_source(str(make_json(tmp_path, spoken)), split="train[9:50]").num_rows == 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -94,7 +94,7 @@ def test_rows_that_cannot_be_used_say_why(tmp_path, utterances):
     rows = Recordings(source, TextColumns("audio", "sentence"), RowShare(0, 1))
     found = list(decoded(rows, RATE, longest, 2))
     assert found[0].problem.startswith("unreadable: ")
-    assert found[1].problem.startswith("missing file ")
+    assert found[1].problem.startswith("missing file: ")
     assert (found[2].problem, found[2].language, found[2].reference) == (None, "hi", utterances[2].text)
     assert np.allclose(found[2].samples, utterances[2].samples, atol=1e-4)
     assert found[3].problem == "no transcript in column sentence"
