@@ -13,6 +13,7 @@ import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from audio_sources import (
     COUNTS,
@@ -33,6 +34,7 @@ from audio_sources import (
 from conftest import ROOT, Utterance, launch, write_audio_dataset
 from datasets import Audio
 from hub_server import HubServer
+from stages import ENGLISH, label, rows_of, run, train_few
 from torch.utils.data import DataLoader, IterableDataset
 
 from distil_whisper import reading
@@ -463,3 +465,22 @@ def test_a_changed_folder_is_read_as_it_is_now(tmp_path, utterances, open_source
         source = open_source(str(folder))
         texts.append([row["text"] for row in source.rows(0)])
     assert texts == [[u.text for u in part] for part in (utterances[:2], utterances[2:5], utterances[5:6])]
+
+
+def test_samples_in_one_parquet_file_go_through_the_stages(taught, student, utterances, tmp_path):
+    kept = utterances[:4]
+    rows = [{"array": (u.samples * 32767).astype(np.int16), "sampling_rate": 16_000} for u in kept]
+    kind = pa.struct({"array": pa.list_(pa.int16()), "sampling_rate": pa.int64()})
+    pq.write_table(
+        pa.table({"audio": pa.array(rows, kind), "text": [u.text for u in kept]}), tmp_path / "speech.parquet"
+    )
+    labels = rows_of(label(taught, tmp_path / "speech.parquet", tmp_path / "labels", *ENGLISH))
+    assert [row["text"] for row in labels] == [u.text for u in kept]
+    for row, u in zip(labels, kept, strict=True):
+        np.testing.assert_allclose(decode(row["audio"], 16_000), u.samples, atol=1e-4)
+    flags = [*ENGLISH, "--kl_weight", 0, "--max_steps", 1]
+    train_few(student, tmp_path / "speech.parquet", tmp_path / "model", *flags)
+    names = [*ENGLISH, "--model_name_or_path", student, "--report_to", "none"]
+    run("run_short_form_eval", *names, "--dataset_name", tmp_path / "speech.parquet", "--output_dir", tmp_path / "out")
+    lines = (tmp_path / "out/short_form_predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reference"] for line in lines] == [u.text for u in kept]
