@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from distil_whisper.copies import on_device
 from distil_whisper.distiller import Distiller
 from distil_whisper.errors import UserError
 from distil_whisper.examples import Batch
@@ -135,7 +136,7 @@ class StateCaches:
         def encode(missing: list[int]) -> torch.Tensor:
             return self.distiller.encode(batch.waveforms[missing].to(device))[1]
 
-        states = torch.stack([s.to(device, dtype) for s in _kept(self.encoder, batch.audio_keys, encode)])
+        states = _together(_kept(self.encoder, batch.audio_keys, encode), device).to(dtype)
         if self.teacher is None:
             return {"encoder_states": states}
 
@@ -144,9 +145,9 @@ class StateCaches:
 
         labelled = zip(batch.audio_keys, batch.decoder_input_ids, batch.lengths, strict=True)
         keys = [_variant(*row) for row in labelled]
-        hidden = [h.to(device, dtype) for h in _kept(self.teacher, keys, decode, batch.lengths)]
+        hidden = _kept(self.teacher, keys, decode, batch.lengths)
         padded = [pad(h, (0, 0, 0, batch.labels.shape[1] - len(h))) for h in hidden]
-        return {"encoder_states": states, "teacher_hidden": torch.stack(padded)}
+        return {"encoder_states": states, "teacher_hidden": _together(padded, device).to(dtype)}
 
 
 def open_caches(
@@ -203,6 +204,15 @@ def _kept(
     if file is not None:
         file.put(new)
     return found
+
+
+def _together(arrays: list[torch.Tensor], device: torch.device | str) -> torch.Tensor:
+    """Arrays as one tensor on a device: those that all come from files in one copy, which a GPU is not waited for."""
+    if any(array.device.type != "cpu" for array in arrays):
+        return torch.stack([array.to(device) for array in arrays])
+    together = torch.stack(arrays)
+    pinned = together.pin_memory() if torch.device(device).type == "cuda" else together
+    return on_device({"states": pinned}, device)["states"]
 
 
 def _variant(audio_key: str, decoder_input_ids: torch.Tensor, length: int) -> str:

@@ -11,6 +11,7 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper.audio import AudioError, Window, decode, stack
 from distil_whisper.augmentation import WaveformAugment, at_speed
+from distil_whisper.copies import on_device
 from distil_whisper.cutting import REMOVED, cut_samples
 from distil_whisper.errors import UserError
 from distil_whisper.tokens import IGNORED, Grammar, Sequence, Target
@@ -85,7 +86,7 @@ class Batch:
 
     def inputs(self, device) -> dict[str, torch.Tensor]:
         """The training step's arguments, on a device."""
-        return {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        return on_device({name: getattr(self, name) for name in TENSORS}, device)
 
     def pin_memory(self) -> "Batch":
         """The batch where a GPU copies from while the model computes; a DataLoader calls it."""

@@ -7,6 +7,7 @@ import torch
 from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, train_few, weights
 from transformers.utils import is_flash_attn_2_available
 
+import run_distillation
 from distil_whisper.audio import stack
 from distil_whisper.decoding import Decoder
 from distil_whisper.models import load_whisper
@@ -87,6 +88,27 @@ def test_caches(on_gpu, student, taught, labelled, tmp_path, streaming):
     kept = train_few(student, labelled, tmp_path / "kept", *flags, "--cache_encoder_outputs", "--cache_teacher_states")
     losses = [[line["train/loss"] for line in metrics(of, "train/loss")] for of in (plain, kept)]
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)  # they are kept in bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("caches", [[], ["--cache_encoder_outputs", "--cache_teacher_states"]])
+def test_a_step_is_not_waited_for(on_gpu, student, taught, labelled, monkeypatch, tmp_path, dtype, caches):
+    """From the second step on: torch raises where the GPU is waited for. All is in the caches in the second epoch."""
+    step = run_distillation.optimizer_step
+
+    def watched(run, *rest):
+        torch.cuda.set_sync_debug_mode("error" if run.state.step >= (6 if caches else 1) else "default")
+        try:
+            step(run, *rest)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(run_distillation, "optimizer_step", watched)
+    flags = [*ENGLISH, "--freeze_encoder", "--timestamp_probability", 1, "--condition_on_prev_probability", 0]
+    on_gpu()
+    flags += ["--teacher_model_name_or_path", taught, "--dtype", dtype, "--max_steps", 9, "--logging_steps", 9]
+    folder = train_few(student, labelled, tmp_path, *flags, *caches)
+    assert math.isfinite(metrics(folder, "train/loss")[-1]["train/loss"])
 
 
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn is not installed")
