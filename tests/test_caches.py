@@ -17,7 +17,7 @@ from distil_whisper.tokens import Sequence
 
 @pytest.fixture
 def distiller(toy_teacher):
-    whisper = load_whisper(toy_teacher, device="cpu")
+    whisper = load_whisper(str(toy_teacher), device="cpu")
     student, _ = make_student(whisper.model)
     made = Distiller(student, LogMel(whisper.feature_extractor), LossWeights(), whisper.model, freeze_encoder=True)
     return made, Collator(whisper.window, whisper.grammar.end)
