@@ -241,8 +241,9 @@ def _flaw(path: Path, step: int) -> str | None:
         for name, checksum in stored.checksums.items():
             if _checksum(path / name) != checksum:
                 return f"{name} was changed"
-            if broken := not_finite(load_file(path / name)):
-                return f"{broken} in {name} is not finite"
+            tensors = load_file(path / name)
+            if name == MODEL_FILE and (broken := not_finite(tensors)):
+                return f"its weights are not finite, such as {broken}"
     except (OSError, ValueError, SafetensorError) as error:
         return " ".join(str(error).split())
     return None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 from datasets import Dataset
@@ -34,9 +35,10 @@ class Verdicts:
     """What the filters say of each row of a dataset, in order: a table of reasons and, if asked for, lengths."""
 
     def __init__(self, table: pa.Table):
-        reasons = table["reason"].to_pylist()
-        self.kept = np.flatnonzero([is_kept(reason) for reason in reasons])
-        self.reasons = Counter(reasons)
+        reasons = table["reason"].cast(pa.string())
+        self.reasons = Counter({found["values"]: found["counts"] for found in pc.value_counts(reasons).to_pylist()})
+        keeping = pa.array([reason for reason in self.reasons if is_kept(reason)], pa.string())
+        self.kept = np.flatnonzero(pc.is_in(reasons, value_set=keeping))
         self.lengths: np.ndarray | None = None
         if "lengths" in table.column_names:
             lengths = table["lengths"].combine_chunks().flatten().to_numpy().reshape(-1, 2, 2)

@@ -264,7 +264,8 @@ def test_a_checkpoint_of_the_versions_before_is_loaded(run, two_checkpoints, tmp
         path.write_text(json.dumps({"state": state, "scheduler": {"last_epoch": step}, "checksums": checksums}))
     made = opened(folder)
     state = run.load(made)
-    assert state.step == 2 and state.evaluations[2].values == last and run.scheduler.last_epoch == 2
+    assert state.step == 2 and state.evaluations[2].values == last
+    assert made.load_newest(run.model, run.optimizer).scheduler == {"last_epoch": 2}
     assert state.evaluations[1].measure == {"figure": "eval/wer", "sets": ["a/test"]}
     assert state.evaluations[1].figure == 30.0 and state.best_steps()[-1] == 1
     state.evaluations[3] = Evaluation({"eval/wer": 40.0}, {**state.evaluations[1].measure, "settings": "new"})

@@ -86,7 +86,7 @@ def test_killed_labelling(kills, processes, streaming, taught, utterances, tmp_p
 def test_killed_training(kills, streaming, student, labelled, tmp_path):
     steps = 4 * kills
     flags = [*EVERYTHING_RANDOM, "--per_device_train_batch_size", 4, "--streaming", streaming, "--max_steps", steps]
-    flags += ["--save_steps", 1, "--save_total_limit", 2, "--learning_rate", 1e-3, "--logging_steps", 1]
+    flags += ["--save_steps", 1, "--save_total_limit", 1, "--learning_rate", 1e-3, "--logging_steps", 1]
     unbroken = train_few(student, labelled, tmp_path / "unbroken", *flags)
     names = ["--model_name_or_path", student, "--train_dataset_name", labelled, "--output_dir", tmp_path / "broken"]
     arguments = command("run_distillation.py", *names, *flags, "--do_train", "--report_to", "none")
