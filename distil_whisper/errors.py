@@ -27,12 +27,12 @@ def nearest(found: str, allowed: Iterable[str]) -> str:
     return f"(allowed: {listed}{f'; did you mean {close[0]}?' if close else ''})"
 
 
-def refuse_missing_path(name: str, suffixes: tuple[str, ...] = (), argument: str = "") -> None:
+def refuse_missing_path(name: str | Path, suffixes: tuple[str, ...] = (), argument: str = "") -> None:
     """Raise UserError for a name that is a path by its form, or by a suffix, where there is nothing of that name.
 
     No name on the Hub has such a form, so that the Hub need not be asked.
     """
-    path = Path(name)
+    path, name = Path(name), str(name)
     is_path = name.startswith((".", os.sep, "~")) or name.endswith(suffixes) or name.count("/") > 1
     if not is_path or path.exists():
         return
