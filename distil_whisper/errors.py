@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 DISK_PROBLEMS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, a quota, a limit of the size of files
 PATH_PROBLEMS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
@@ -89,7 +88,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _disk_problem(error: BaseException) -> str | None:
     """What an error says of a disk that takes no more; None for any other error."""
     code, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
-    if isinstance(error, SafetensorError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+    if found := re.search(
+        r"\(os error (\d+)\)$", str(error)
+    ):  # of safetensors and tokenizers, with classes of their own
         code = int(found.group(1))
     if code not in DISK_PROBLEMS:
         return None

@@ -1,5 +1,6 @@
 """Which rows are trained on, and a table of why the others are not."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -88,8 +89,9 @@ class RowFilter:
     def objection(self, row: dict) -> str | None:
         """Why a row is left out whatever its transcript says (or UNREADABLE), None if nothing speaks against it."""
         settings = self.settings
-        if (row.get("duration") or 0.0) > settings.window_seconds:
-            return "audio longer than the window"
+        duration = known(row, "duration")
+        if isinstance(duration, int | float) and duration > settings.window_seconds:  # a user's own may be a text
+            return "audio longer than the window by column duration"
         if self.columns.pseudo and settings.drop_truncated and row.get("truncated"):
             return "pseudo-label truncated"
         untold = self.labeller.untold(row, self.columns)
@@ -137,7 +139,7 @@ class RowFilter:
         """That a row is kept although a limit was given on a figure that it lacks, None if there is no such limit."""
         settings = self.settings
         limited = {name: column for name, column in NEEDED_COLUMNS.items() if is_given(getattr(settings, name))}
-        lacking = [LIMITS.get(name, (column,))[0] for name, column in limited.items() if row.get(column) is None]
+        lacking = [LIMITS.get(name, (column,))[0] for name, column in limited.items() if known(row, column) is None]
         if settings.wer_threshold is not None and not self.is_comparable(row):
             lacking.append(self._rate)
         return f"{KEPT} unchecked: no {', '.join(dict.fromkeys(lacking))}" if lacking else None
@@ -156,11 +158,12 @@ class RowFilter:
         if name == "compression_ratio":
             return compression_ratio(text)
         if name == "chars_per_second":
-            return len(text) / row["duration"] if row.get("duration") else None
+            duration = known(row, "duration")
+            return len(text) / duration if duration else None
         if name == "ngram_repeats":
             spaceless = is_spaceless(self.labeller.language(row, self.columns))
             return ngram_repeats(characters(text) if spaceless else text.split())
-        return row.get(name)
+        return known(row, name)
 
     def error_rates(self, row: dict) -> list[float]:
         """WER (or CER) of the pseudo-label in percent, of each utterance of a packed window. Empty without a
@@ -182,8 +185,9 @@ class RowFilter:
 
     def _is_counted(self, row: dict) -> bool:
         """Whether labelling has counted the errors, by the same normaliser."""
-        counted_by_words = row.get("wer") is not None and not self.settings.by_characters
-        return counted_by_words and row.get("normalizer") == self.normaliser(row).name
+        rates = [known(row, "wer"), *(row.get("utterance_wer") or ())]
+        is_lacking = any(rate is None or math.isnan(rate) for rate in rates)
+        return not (is_lacking or self.settings.by_characters) and row.get("normalizer") == self.normaliser(row).name
 
     def _texts(self, row: dict) -> list[str | None]:
         """The transcript of each utterance of a packed window, else of the row."""
@@ -201,7 +205,8 @@ class RowFilter:
         """A row without its utterances above the threshold: itself if none is, None if it is left out whole."""
         if not self._is_above(row):
             return row
-        if not self.settings.cut_utterances or len(row.get("utterance_texts") or []) < 2:
+        parts, starts = (row.get(name) or [] for name in ("utterance_texts", "utterance_starts"))
+        if not self.settings.cut_utterances or len(parts) < 2 or len(parts) != len(starts):
             return None
         normaliser = self.normaliser(row)
         return cut_utterances(row, self.settings.wer_threshold, normaliser, self._units(normaliser))
@@ -214,6 +219,12 @@ def ngram_repeats(words: list[str], size: int = NGRAM) -> int:
     """How often the most frequent run of so many words occurs."""
     counts = Counter(tuple(words[place : place + size]) for place in range(len(words) - size + 1))
     return max(counts.values(), default=0)
+
+
+def known(row: dict, name: str):
+    """What a row holds in a column, None where it lacks that: NaN is how some programs write a missing figure."""
+    value = row.get(name)
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def is_given(limit: float | bool | None) -> bool:

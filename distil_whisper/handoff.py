@@ -17,6 +17,7 @@ import yaml
 from datasets import Audio, Features, List, Value
 
 from distil_whisper import ffmpeg
+from distil_whisper.errors import UserError
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, write_text
 
 ROWS_PER_GROUP = 100
@@ -73,6 +74,31 @@ MEANINGS = {
     "compression_ratio": "of the text; repetitions make it large",
     "duration": "seconds",
 }
+
+
+def require_kinds(features: Features, columns: Iterable[str], label: str) -> None:
+    """Raise UserError for a column of a labelled dataset that holds another kind of values than labelling writes."""
+    for name in columns:
+        if name not in features:
+            continue
+        found, wanted = (Features({name: of[name]}).arrow_schema.field(name).type for of in (features, WRITTEN))
+        if not _is_kind(found, wanted):
+            raise UserError(f"column {name} of {label} holds {found}; it must hold {wanted}")
+
+
+def _is_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether values of a type can be read as another: of any width, and integers as reals."""
+    kinds = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
+    if pa.types.is_null(found):
+        return True
+    if pa.types.is_list(wanted):
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        return any(is_list(found) for is_list in lists) and _is_kind(found.value_type, wanted.value_type)
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return any(kind(wanted) and kind(found) for kind in kinds) or (
+        pa.types.is_floating(wanted) and pa.types.is_integer(found)
+    )
 
 
 @dataclass(frozen=True)

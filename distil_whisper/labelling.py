@@ -1,5 +1,6 @@
 """Pseudo-labelling of one unit of a dataset: rows in, windows to the teacher, labelled rows out, in order."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -250,8 +251,7 @@ class UnitLabeller:
         workers = self.settings.num_workers
         for row_id, row, samples, told, problem in prefetch(self._decoded, rows, workers, self._size):
             tally.read += 1
-            owner = self.columns.owner
-            recording = str(row[owner]) if owner and row[owner] is not None else row_id
+            recording = self._recording(row) or row_id
             if problem is not None:
                 tally.skip(problem, row_id=row_id, **self._identity(row))
                 gaps.add(recording)
@@ -262,6 +262,13 @@ class UnitLabeller:
     def _size(self, item: tuple[str, dict]) -> int:
         """About how many bytes a row takes that is decoded."""
         return decoded_size(item[1][self.columns.audio], self.whisper.window.sampling_rate)
+
+    def _recording(self, row: dict) -> str | None:
+        """The recording or speaker of a row; None where nobody is named: null, NaN or nothing but spaces."""
+        value = row[self.columns.owner] if self.columns.owner else None
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return None
+        return str(value) if str(value).strip() else None
 
     def _decoded(self, item: tuple[str, dict]) -> tuple:
         """A row's id, the row, its samples, what the teacher is told, and why it cannot be labelled, if so."""

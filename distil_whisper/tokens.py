@@ -147,6 +147,8 @@ class Grammar:
     def target_of_ids(self, ids: list[int]) -> Target:
         """Generated tokens as a target: everything up to the text and from the end token on is dropped."""
         ids = list(ids)
+        if None in ids:
+            raise UserError("whisper_token_ids lack the id of a token")
         if self.start in ids:
             ids = ids[ids.index(self.start) + 1 :]
             while ids and self.end < ids[0] < self.timestamp_begin:
@@ -171,6 +173,8 @@ class Grammar:
         prefix, end tokens. Raises UserError where other special tokens are left, which leave its meaning uncertain.
         """
         ids = list(ids or [])
+        if None in ids:
+            raise UserError("condition_on_prev lacks the id of a token")
         while ids and ids[-1] == self.end:
             ids.pop()
         if ids.count(self.start) == 1:

@@ -21,6 +21,7 @@ from distil_whisper.filtering import (
     is_given,
     table,
 )
+from distil_whisper.handoff import require_kinds
 from distil_whisper.mixing import (
     GROUPED_BATCHES,
     EpochOrder,
@@ -40,6 +41,18 @@ from distil_whisper.validation import ValidationSet
 from distil_whisper.verdicts import VerdictFiles
 
 PSEUDO_COLUMNS = ("whisper_transcript", "whisper_token_ids")
+TRAINED_ON = (  # the columns of a labelled dataset that training reads
+    *PSEUDO_COLUMNS,
+    "condition_on_prev",
+    "utterance_texts",
+    "utterance_starts",
+    "utterance_wer",
+    "truncated",
+    "wer",
+    "avg_logprob",
+    "no_speech_prob",
+    "duration",
+)
 FIRST_ROWS = 200  # that show whether labels are of the student's tokenizer
 
 
@@ -108,6 +121,8 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
         pseudo = labelled if args.use_pseudo_labels is None else args.use_pseudo_labels
         if pseudo and not labelled:
             require_columns(source, use_pseudo_labels=PSEUDO_COLUMNS[0])
+        if pseudo:
+            require_kinds(source.features, TRAINED_ON, source.label)
         if text is None and not pseudo:
             require_columns(source, text_column_name="text")
         if text is None and args.wer_threshold is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy_whisper
 from conftest import WORDS, launch, write_audio_dataset
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from stages import ENGLISH, label, metrics, rows_of, run, train_few, write_manifest
 
 from distil_whisper.errors import UserError
@@ -275,6 +275,25 @@ def test_mistakes_of_labelling_are_one_sentence(flags, sentence, taught, speech_
     with pytest.raises(UserError) as caught:
         label(taught, speech_folder, tmp_path / "out", *ENGLISH, *flags)
     assert sentence in str(caught.value) and "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("condition_on_prev", "hello", "column condition_on_prev of .* holds string; it must hold list<item: int32>"),
+        ("whisper_token_ids", "1 2 3", "column whisper_token_ids of .* holds string; it must hold list<item: int32>"),
+        ("whisper_transcript", 5, "column whisper_transcript of .* holds int64; it must hold string"),
+        ("avg_logprob", "-0.3", "column avg_logprob of .* holds string; it must hold double"),
+        ("truncated", "False", "column truncated of .* holds string; it must hold bool"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_another_kind_than_labels_have_is_named(column, value, sentence, streaming, student, tmp_path):
+    rows = [{"audio": {"bytes": b"", "path": "a.wav"}, "whisper_transcript": " one", "text": "one", column: value}]
+    (tmp_path / "labels").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "labels/train.parquet")
+    with pytest.raises(UserError, match=sentence):
+        train_few(student, tmp_path / "labels", tmp_path / "out", *SFT, "--streaming", streaming)
 
 
 @pytest.mark.parametrize(("kind", "window", "words"), [("window", 3, WORDS), ("tokenizer", 2, WORDS[:3])])

@@ -105,6 +105,7 @@ def test_a_full_gpu_is_one_line_with_what_to_do(capsys, captured):
     [
         OSError(errno.ENOSPC, "No space left on device", "out/data.parquet"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # what tokenizers raises
     ],
 )
 def test_a_full_disk_is_one_line_with_what_to_do(capsys, error):

@@ -1,5 +1,6 @@
 """Which rows are trained on, why others are not, and word errors of each utterance of a packed window."""
 
+import math
 import random
 from collections import Counter
 
@@ -9,13 +10,14 @@ from transformers import WhisperTokenizer
 
 from distil_whisper.alignment import Errors, utterance_errors, worst
 from distil_whisper.examples import LabelColumns, Labeller, LabelSettings
-from distil_whisper.filtering import CUT, KEPT, FilterSettings, RowFilter, table
+from distil_whisper.filtering import CUT, KEPT, UNREADABLE, FilterSettings, RowFilter, table
 from distil_whisper.normalisation import Normalisers, normaliser
 from distil_whisper.tokens import Grammar
 
 PSEUDO = LabelColumns("text", True, "hi", "transcribe")
 TRANSCRIPTS = LabelColumns("text", False, "hi", "transcribe")
 HINDI, VOWELS_WRONG = "मैं हिन्दी बोलता हूँ", "मो हीन्दि बोलता हा"
+NAN = math.nan
 UNCHECKED = "kept unchecked: no WER"
 ABOVE, LOOPS = "WER above --wer_threshold", "compression_ratio above --max_compression_ratio"
 
@@ -46,8 +48,8 @@ def row_of(transcript=" one two", text="one two", **values):
     [
         (KEPT, PSEUDO, {}, row_of()),
         (KEPT, PSEUDO, {}, row_of(duration=4.0)),
-        ("audio longer than the window", PSEUDO, {}, row_of(duration=4.01)),
-        ("audio longer than the window", TRANSCRIPTS, {}, row_of(duration=4.01)),
+        ("audio longer than the window by column duration", PSEUDO, {}, row_of(duration=4.01)),
+        ("audio longer than the window by column duration", TRANSCRIPTS, {}, row_of(duration=4.01)),
         (KEPT, PSEUDO, {}, row_of(duration=None)),
         ("pseudo-label truncated", PSEUDO, {}, row_of(truncated=True)),
         (KEPT, PSEUDO, {"drop_truncated": False}, row_of(truncated=True)),
@@ -72,6 +74,24 @@ def row_of(transcript=" one two", text="one two", **values):
         (UNCHECKED, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", task="translate")),
         (UNCHECKED, PSEUDO, {"wer_threshold": 0.0}, row_of(" six", text=None)),
         (UNCHECKED, LabelColumns(None, True, "hi", "transcribe"), {"wer_threshold": 0.0}, row_of(" six")),
+        (ABOVE, PSEUDO, {"wer_threshold": 10.0}, row_of(" six", wer=NAN, normalizer="multilingual")),
+        (
+            ABOVE,
+            PSEUDO,
+            {"wer_threshold": 10.0},
+            row_of(" six", wer=0.0, utterance_wer=[NAN], normalizer="multilingual"),
+        ),
+        ("kept unchecked: no no_speech_prob", PSEUDO, {"max_no_speech_prob": 0.5}, row_of(no_speech_prob=NAN)),
+        ("avg_logprob below --min_avg_logprob", PSEUDO, {"min_avg_logprob": -1.0}, row_of(avg_logprob=-math.inf)),
+        ("kept unchecked: no chars_per_second", PSEUDO, {"max_chars_per_second": 5.0}, row_of(duration=NAN)),
+        (KEPT, TRANSCRIPTS, {}, row_of(duration="4.01")),
+        (UNREADABLE, PSEUDO, {}, row_of(whisper_token_ids=[1, None])),
+        (
+            ABOVE,
+            PSEUDO,
+            {"wer_threshold": 10.0, "cut_utterances": True},
+            row_of(" six", utterance_texts=["one", "two"]),
+        ),
         (
             "kept unchecked: no avg_logprob, chars_per_second, detected_language, CER",
             PSEUDO,

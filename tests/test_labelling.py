@@ -180,6 +180,7 @@ def test_token_ids_are_kept_on_demand_as_they_were_generated(whisper, label):
     assert found["whisper_transcript"] == "<|0.00|> three<|2.00|>"
 
 
+NOBODY = (None, "", " ")  # nobody knows whose they are
 SKIPPED = {"unreadable": row(5, data=UNREADABLE), "too long": row(5, seconds=TOO_LONG), "empty": row(5, data=b"")}
 
 
@@ -189,7 +190,7 @@ SKIPPED = {"unreadable": row(5, data=UNREADABLE), "too long": row(5, seconds=TOO
         ([row(1), row(2), row(3)], BY_SPEAKER, [None, "one", "two"]),
         ([row(1), row(2, "ben"), row(3)], BY_SPEAKER, [None, None, "one"]),
         ([row(1), row(9), row(3), row(4)], BY_SPEAKER, [None, "one", None, "three"]),  # nine was truncated
-        ([row(1), row(2, None), row(3, None)], BY_SPEAKER, [None, None, None]),  # nobody knows whose they are
+        *[([row(1), row(2, nobody), row(3, nobody)], BY_SPEAKER, [None, None, None]) for nobody in NOBODY],
         ([row(1), row(2)], Columns("audio", "text", "id"), [None, None]),
         ([row(1), row(2)], Columns("audio", "text", None, "who", "id"), [None, None]),  # a recording each
         *[([row(1), bad, row(3), row(4)], BY_SPEAKER, [None, None, "three"]) for bad in SKIPPED.values()],
@@ -205,6 +206,11 @@ def test_the_prompt_is_the_window_before_of_the_same_speaker(
 
 
 SEPARATE, PACKED = [["one", "two"], ["three", "four"]], [["one two"], ["three four"]]
+
+
+def test_speakers_of_a_table_without_a_number_are_nobody(whisper):
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER)
+    assert [labeller._recording({"who": who}) for who in (7, 7.5, float("nan"))] == ["7", "7.5", None]
 
 
 @pytest.mark.parametrize("concatenate, expected", [(False, SEPARATE), (True, PACKED)])
