@@ -243,7 +243,7 @@ def test_numbers_parse_with_negatives():
         (["--decoder_layers_numbers", "0", "-9"], "--decoder_layers_numbers names layer -9"),
         (["--decoder_layer", "2"], "did you mean --decoder_layers?"),
         (["--save_dir", ""], "--save_dir is missing"),
-        (["--teacher_checkpoint", "no/such/folder"], "--teacher_checkpoint no/such/folder cannot be loaded"),
+        (["--teacher_checkpoint", "no/such/folder"], "there is no file or folder no/such/folder"),
     ],
 )
 def test_mistakes_are_one_sentence(toy_teacher, tmp_path, capsys, flags, sentence):
