@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, write_audio_dataset
+from conftest import ROOT, make_utterances, write_audio_dataset
 from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights
 from test_resume import EVERYTHING_RANDOM
 
@@ -98,3 +100,36 @@ def test_killed_training(kills, streaming, student, labelled, tmp_path):
     assert [line["step"] for line in metrics(unbroken, "train/loss")] == list(range(1, steps + 1))
     found = weights(tmp_path / "broken")
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights(unbroken).items())
+
+
+@pytest.mark.slow
+def test_evaluation_goes_on_by_row_with_any_number_of_processes(toy_teacher, tmp_path):
+    data = write_audio_dataset(tmp_path / "data", make_utterances(60), split="test", files=3)
+    names = [
+        "--model_name_or_path",
+        toy_teacher,
+        "--dataset_name",
+        data,
+        *ENGLISH,
+        "--report_to",
+        "none",
+        "--streaming",
+    ]
+    flags = [*names, "--per_device_eval_batch_size", 1, "--generation_max_length", 32, "--output_dir"]
+
+    def written() -> int:
+        logs = (tmp_path / "killed").glob(".distil_whisper/*.batches/*/*.jsonl")
+        return sum(log.read_text(encoding="utf-8").count("\n") for log in logs)
+
+    for processes, batches in ((2, 5), (1, 15), (2, 25)):
+        running = start(command("run_short_form_eval.py", *flags, tmp_path / "killed", processes=processes))
+        while running.poll() is None and written() < batches:
+            time.sleep(0.02)
+        for child in psutil.Process(running.pid).children(recursive=True):  # torchrun's are groups of their own
+            child.kill()
+        kill(running)
+        assert batches <= written() < 60
+    for name, processes in (("killed", 2), ("whole", 1)):
+        ended(command("run_short_form_eval.py", *flags, tmp_path / name, processes=processes))
+    killed, whole = ((tmp_path / name / "short_form_predictions.jsonl").read_text() for name in ("killed", "whole"))
+    assert killed == whole and whole.count("\n") == 60 == written()
