@@ -61,9 +61,9 @@ class VerdictFiles:
                 self.folder.claim(FOLDER)
                 table = judge(rows, row_filter, num_proc, lengths).replace_schema_metadata({_KEY: key})
                 with atomic_path(path) as beside:
-                    pq.write_table(table, beside, compression="zstd")
+                    pq.write_table(table, beside, compression="zstd", write_page_checksum=True)
         self._turns.wait_at(f"{FOLDER} {number}")
-        return Verdicts(pq.read_table(path))
+        return Verdicts(_read(path))
 
 
 def judge(rows: Dataset, row_filter: RowFilter, num_proc: int, lengths: bool = False) -> pa.Table:
@@ -133,8 +133,12 @@ def code_version() -> str:
 
 
 def _kept_key(path: Path) -> str | None:
-    """The key of a file of verdicts, None where there is none that can be read."""
+    """The key of a file of verdicts, None where there is none that can be read to its end."""
     try:
-        return pq.read_schema(path).metadata[_KEY].decode()
+        return _read(path).schema.metadata[_KEY].decode()
     except (OSError, pa.ArrowInvalid, TypeError, KeyError):
         return None
+
+
+def _read(path: Path) -> pa.Table:
+    return pq.read_table(path, page_checksum_verification=True)
