@@ -2,17 +2,29 @@
 
 libsndfile reads what there is of a file that was cut short or damaged, and reports no error. What no container tells
 is not found: payload that was changed inside of a frame or among the samples of a WAV, an MP3 without a length or an
-Ogg file that was cut between two frames or pages, a WAV whose writer did not know its length.
+Ogg file that was cut between two frames or pages, a WAV whose writer did not know its length, any IRCAM or PAF.
 """
 
 import io
+import math
+import re
 import struct
 import zlib
 from collections import Counter
 from typing import BinaryIO
 
 _UNKNOWN_SIZE = 0x7FFFF000  # bytes: who writes a WAV into a pipe gives this or more as its size, or 0
-_SLACK_BYTES = 512  # of samples; some programs count the header among them
+_NO_SIZE = 1 << 62  # bytes: the same of files with 64-bit sizes
+_SLACK_BYTES = 512  # of samples; some programs count the header among them, or end a file with a few others
+_CHUNKS = {  # by first bytes: where chunks begin, their header, how much of it their size counts, their alignment
+    b"RIFF": (12, "<4sI", 0, 2),
+    b"RF64": (12, "<4sI", 0, 2),
+    b"RIFX": (12, ">4sI", 0, 2),
+    b"FORM": (12, ">4sI", 0, 2),  # AIFF, SVX
+    b"riff": (40, "<4s12xQ", 24, 8),  # W64
+    b"caff": (8, ">4sQ", 0, 1),
+}
+_OF_SAMPLES = (b"data", b"SSND", b"BODY")
 _REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _MP3_RATES = (44_100, 48_000, 32_000)
 _MP3_KBITS = {  # by version (1, or 2 for MPEG 2 and 2.5) and layer
@@ -24,6 +36,7 @@ _MP3_KBITS = {  # by version (1, or 2 for MPEG 2 and 2.5) and layer
     (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _MP3_SAME = 0xFFFE0C00  # sync, version, layer and sampling rate: alike in all frames of a file
+_LYRICS3 = re.compile(rb"LYRICSBEGIN.*?LYRICS(END|200)", re.DOTALL)
 _SEVERAL = "several recordings one after the other, of which only the first would be read"
 
 
@@ -50,24 +63,27 @@ def _mended(file: BinaryIO) -> tuple[bytes | None, int | None]:
     """The contents of a file with its length, None for one that needs none; and what libsndfile has to be told."""
     head = file.read(12)
     file.seek(0)
-    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
+    if head[:4] in _CHUNKS:
         return _sized_wav(file), None
     if head[:3] == b"ID3" or _mp3_frame(head, 0):
         return _sized_mp3(file.read())
     if head[:4] == b"OggS":
         _check_ogg(file.read())
-    if head[:4] == b".snd":
-        _check_au(file)
+    for begin, check in ((b".snd", _check_au), (b"NIST_1A", _check_nist), (b"Creative Voi", _check_voc)):
+        if head.startswith(begin):
+            check(file)
     return None, None
 
 
 def _sized_wav(file: BinaryIO) -> bytes | None:
-    """A WAV with the size of its samples where it says 0, None where it says it. AIFF has the same chunks."""
-    begin, claimed, order = _samples_of_chunks(file)
+    """A WAV with the size of its samples where it says 0, None where it says it. Other kinds have such chunks too."""
+    kind = file.read(4)
+    begin, claimed = _samples_of_chunks(file, *_CHUNKS[kind])
     there = file.seek(0, 2) - begin
     _require_bytes(claimed, there)
-    if claimed or not begin or there < 8:
+    if claimed or not begin or there < 8 or kind not in (b"RIFF", b"RIFX"):
         return None
+    order = _CHUNKS[kind][1][0]
     file.seek(begin)
     if struct.unpack(f"{order}4xI", file.read(8))[0] in (there - 8, there - 9):  # another chunk: it is empty
         return None
@@ -78,18 +94,20 @@ def _sized_wav(file: BinaryIO) -> bytes | None:
     return bytes(data)
 
 
-def _samples_of_chunks(file: BinaryIO) -> tuple[int, int, str]:
-    """Where the samples begin and how many bytes they are said to have, 0 and 0 if there are none; the byte order."""
-    order, long = "<" if file.read(12)[:4] in (b"RIFF", b"RF64") else ">", 0
-    while len(head := file.read(8)) == 8:
-        name, size = struct.unpack(f"{order}4sI", head)
-        if name in (b"data", b"SSND"):
-            return file.tell(), long or size, order
+def _samples_of_chunks(file: BinaryIO, place: int, header: str, counted: int, fill: int) -> tuple[int, int]:
+    """Where the samples begin and how many bytes they are said to have, 0 and 0 if there are none."""
+    long, length = 0, struct.calcsize(header)
+    file.seek(place)
+    while len(head := file.read(length)) == length:
+        name, size = struct.unpack(header, head)
+        size = max(size - counted, 0)
+        if name in _OF_SAMPLES:
+            return file.tell(), long or size
         if name == b"ds64":
             long = int.from_bytes(file.read(16)[8:], "little")
             file.seek(-16, 1)
-        file.seek(size + size % 2, 1)
-    return 0, 0, order
+        file.seek(min(size + -size % fill, _NO_SIZE), 1)
+    return 0, 0
 
 
 def _check_au(file: BinaryIO) -> None:
@@ -97,8 +115,28 @@ def _check_au(file: BinaryIO) -> None:
     _require_bytes(claimed, file.seek(0, 2) - begin)
 
 
+def _check_nist(file: BinaryIO) -> None:
+    """NIST SPHERE, whose header is lines of text; samples that are compressed inside of it are for no one here."""
+    head = file.read(16)
+    begin = int(head[8:]) if head[8:].strip().isdigit() else 0
+    head += file.read(max(begin - 16, 0))
+    fields = dict(re.findall(rb"^(\w+) -i (\d+)", head, re.MULTILINE))
+    sizes = [int(fields.get(name, 0)) for name in (b"sample_count", b"channel_count", b"sample_n_bytes")]
+    if b"embedded-" not in head:
+        _require_bytes(math.prod(sizes), file.seek(0, 2) - begin)
+
+
+def _check_voc(file: BinaryIO) -> None:
+    file.seek(20)
+    begin = int.from_bytes(file.read(2), "little")
+    file.seek(begin + 1)  # the kind of the first block
+    claimed = int.from_bytes(file.read(3), "little")
+    _require_bytes(claimed, file.seek(0, 2) - begin - 4)
+
+
 def _require_bytes(claimed: int, there: int) -> None:
-    if claimed - there > _SLACK_BYTES and not _UNKNOWN_SIZE <= claimed <= 0xFFFFFFFF:
+    unknown = _UNKNOWN_SIZE <= claimed <= 0xFFFFFFFF or claimed >= _NO_SIZE
+    if claimed - there > _SLACK_BYTES and not unknown:
         raise AudioError(f"cut short: {there:,} of {claimed:,} bytes of samples are there")
 
 
@@ -168,11 +206,19 @@ def _mp3_frames(data: bytes, place: int) -> Counter:
             place += frame
         elif (after := _after_tags(data, place)) > place:
             place = after
+        elif _is_rest(data, begin, place):
+            break
         else:
             raise AudioError(f"damaged: no MP3 frame at byte {place:,} of {len(data):,}")
     if place > len(data):
         raise AudioError("cut short: its last MP3 frame is not complete")
     return found
+
+
+def _is_rest(data: bytes, first: int, place: int) -> bool:
+    """Whether no frame is missing where no frame begins: a few bytes are left (a line's end, zeros), without one."""
+    rest = range(place, len(data))
+    return len(rest) <= _SLACK_BYTES and not any(_mp3_frame(data, at) and _same_mp3(data, first, at) for at in rest)
 
 
 def _xing_frame(head: bytes, frames: int) -> bytes:
@@ -219,7 +265,7 @@ def _mp3_frame(data: bytes, place: int) -> int | None:
 
 
 def _after_tags(data: bytes, place: int) -> int:
-    """Where the tags end that begin at a byte: ID3v2, ID3v1 and APE."""
+    """Where the tags end that begin at a byte: ID3v2, ID3v1, APE and Lyrics3."""
     while True:
         if data[place : place + 3] == b"ID3" and len(data) >= place + 10:
             size = sum(byte << shift for byte, shift in zip(data[place + 6 : place + 10], (21, 14, 7, 0), strict=True))
@@ -228,5 +274,7 @@ def _after_tags(data: bytes, place: int) -> int:
             place += 128
         elif data[place : place + 8] == b"APETAGEX" and len(data) >= place + 16:
             place += 32 + struct.unpack_from("<I", data, place + 12)[0]
+        elif lyrics := _LYRICS3.match(data, place):
+            place = lyrics.end()
         else:
             return min(place, len(data))

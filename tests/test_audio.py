@@ -167,7 +167,10 @@ SIZED = {
     "WAV of 24 bits": lambda: encoded(tone(RATE, SPEECH_S), RATE, "WAV", "PCM_24"),
     "WAV of 64-bit sizes": lambda: encoded(tone(RATE, SPEECH_S), RATE, "RF64"),
     "AIFF": lambda: encoded(tone(RATE, SPEECH_S), RATE, "AIFF"),
-    "AU": lambda: encoded(tone(RATE, SPEECH_S), RATE, "AU"),
+    **{
+        kind: lambda kind=kind: encoded(tone(RATE, SPEECH_S), RATE, kind, "PCM_16")
+        for kind in ("AU", "W64", "NIST", "CAF", "SVX", "VOC")
+    },
 }
 DAMAGES = {
     "cut in half": lambda audio: audio[: len(audio) // 2],
@@ -215,6 +218,27 @@ def test_an_mp3_of_varying_bit_rate_without_a_length_is_read_to_its_end():
         assert 0 <= len(samples) - len(whole) < 0.15 * RATE
         loudness = [np.square(part[: 7 * RATE].reshape(14, -1)).mean(axis=1) for part in (samples, whole)]
         np.testing.assert_allclose(*loudness, atol=5e-3)
+
+
+ENDS = {
+    "newline": b"\n",
+    "zeros": bytes(417),
+    "ID3v1, twice": 2 * (b"TAG" + bytes(125)),
+    "APE": b"APETAGEX" + struct.pack("<IIII", 2000, 96, 0, 0) + bytes(8 + 96),
+    "Lyrics3": b"LYRICSBEGIN" + b"la" * 400 + b"000831LYRICS200" + b"TAG" + bytes(125),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=list(ENDS))
+def test_what_comes_after_the_last_frame_of_an_mp3_is_no_damage(end):
+    audio = mp3_frames(encoded(tone(RATE, SPEECH_S), RATE, "MP3"))
+    assert abs(len(decode(audio + end, RATE)) - len(decode(audio, RATE))) < 0.15 * RATE
+
+
+def test_a_few_bytes_without_a_frame_before_others_are_damage():
+    audio = mp3_frames(encoded(tone(RATE, SPEECH_S), RATE, "MP3"))
+    with pytest.raises(AudioError, match="damaged: no MP3 frame at byte"):
+        decode(audio + b"\n" + audio[:200], RATE)
 
 
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
