@@ -41,7 +41,7 @@ from distil_whisper.losses import LossWeights
 from distil_whisper.meters import Meter
 from distil_whisper.mixing import Share
 from distil_whisper.models import MODEL_FILES, LoadedWhisper, load_whisper, save_whisper
-from distil_whisper.outputs import OutputFolder, public_arguments
+from distil_whisper.outputs import OutputFolder, check_apart, public_arguments
 from distil_whisper.progress import bar, quiet_libraries
 from distil_whisper.signals import StopRequest
 from distil_whisper.step_reports import StepReports
@@ -282,6 +282,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
         raise UserError("--streaming needs --max_steps, because the length of an epoch is not known")
     if args.streaming and args.group_by_length:
         raise UserError("--group_by_length needs to know all rows, which --streaming does not; leave out one of them")
+    check_apart(args.output_dir, split_plus(args.train_dataset_name) + split_plus(args.eval_dataset_name))
     check_numbers(args)
     return args
 

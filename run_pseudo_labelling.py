@@ -24,7 +24,16 @@ from datasets import Features
 from tqdm import tqdm
 
 from distil_whisper import hub
-from distil_whisper.arguments import MOST_BEAMS, MOST_WORKERS, DataFields, ModelFields, RunFields, option, parse
+from distil_whisper.arguments import (
+    MOST_BEAMS,
+    MOST_WORKERS,
+    DataFields,
+    ModelFields,
+    RunFields,
+    option,
+    parse,
+    split_plus,
+)
 from distil_whisper.decoding import Decoder
 from distil_whisper.engine import Turns, make_accelerator
 from distil_whisper.errors import UserError, exit_on_user_error
@@ -202,6 +211,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     for name in ("model_name_or_path", "dataset_name", "output_dir"):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; {Arguments.__dataclass_fields__[name].metadata['help']}")
+    check_apart(args.output_dir, split_plus(args.dataset_name))
     check_drafts(args)
     if args.concatenate_audio and not (args.speaker_id_column_name or args.recording_id_column_name):
         raise UserError(

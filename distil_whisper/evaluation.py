@@ -14,13 +14,13 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader
 
 from distil_whisper import progress
-from distil_whisper.arguments import MOST_BEAMS, DataFields, RunFields, option
+from distil_whisper.arguments import MOST_BEAMS, DataFields, RunFields, option, split_plus
 from distil_whisper.batch_log import BatchLog, Timing
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import workers
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normaliser, normaliser
-from distil_whisper.outputs import RECORDS, OutputFolder
+from distil_whisper.outputs import RECORDS, OutputFolder, check_apart
 from distil_whisper.reading import Source
 from distil_whisper.recordings import LANGUAGE_COLUMN, Place, Recording, Recordings, RowShare, TextColumns, decoded
 from distil_whisper.sources import columns_of, open_sources
@@ -87,10 +87,11 @@ class Transcriber(Protocol):
 
 
 def check_arguments(args) -> None:
-    """Raise UserError for what an evaluation lacks."""
+    """Raise UserError for what an evaluation lacks, and for an output folder in a dataset's."""
     for name, what in (("model_name_or_path", "the model"), ("dataset_name", "the data")):
         if not getattr(args, name):
             raise UserError(f"--{name} is missing; name {what} to evaluate")
+    check_apart(args.output_dir, split_plus(args.dataset_name))
 
 
 def load_model(args, accelerator: Accelerator) -> LoadedWhisper:

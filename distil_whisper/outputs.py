@@ -167,14 +167,14 @@ class OutputFolder:
         self._save_record()
 
 
-def check_apart(output: str | Path, inputs: Iterable[str], below: str = "") -> None:
+def check_apart(output: str | Path, inputs: Iterable[str | None], below: str = "") -> None:
     """Raise UserError if an output folder, or one below it, is a dataset folder that is read or lies inside one.
 
     What is written there would be taken for data, and a README.md or Parquet files hide data of other kinds. Links are
     resolved. Files that are read, such as manifests, may lie anywhere, and so may dataset folders below the output.
     """
     written = (Path(output) / below).resolve()
-    for name in inputs:
+    for name in filter(None, inputs):
         read = Path(re.sub("^(file|local)://", "", name)).resolve()
         if read.is_dir() and any(folder.exists() and folder.samefile(read) for folder in (written, *written.parents)):
             raise UserError(

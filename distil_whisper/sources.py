@@ -5,7 +5,6 @@ from itertools import chain
 
 from distil_whisper.arguments import split_plus
 from distil_whisper.errors import UserError
-from distil_whisper.outputs import check_apart
 from distil_whisper.reading import Source, open_source, require_columns
 
 DEFAULT_COLUMNS = ("text", "language", "task")  # taken where there is one and no flag names another
@@ -54,12 +53,11 @@ class SourceFlags:
 def open_sources(args, prefix: str = "dataset") -> list[Source]:
     """The datasets that `--dataset_name`, `--train_dataset_name` or `--eval_dataset_name` lists.
 
-    Raises UserError for lists that do not match, an output folder in a dataset's, and what open_source refuses.
+    Raises UserError for lists that do not match, and for what open_source refuses.
     """
     flags = SourceFlags.of(args, prefix)
     if not flags.names or flags.names.strip().lower() == "none":
         raise UserError(f"{flags.name_flag} is missing; name a dataset on the Hub, a folder or a manifest")
-    check_apart(args.output_dir, filter(None, split_plus(flags.names)))
     return [
         open_source(
             name,

@@ -359,6 +359,7 @@ def test_labels_never_lie_in_the_folder_that_is_read(taught, utterances, tmp_pat
 
 def test_no_stage_writes_into_a_dataset_that_it_reads(student, utterances, tmp_path):
     data = write_audio_dataset(tmp_path / "data", utterances[:3], files=1)
+    before = sorted(data.rglob("*"))
     for script, *flags in (
         ("run_distillation", "--train_dataset_name", data, "--do_train", "--max_steps", 1, "--kl_weight", 0),
         ("run_distillation", "--eval_dataset_name", data, "--eval_split_name", "train", "--do_eval"),
@@ -368,3 +369,4 @@ def test_no_stage_writes_into_a_dataset_that_it_reads(student, utterances, tmp_p
         names = ["--model_name_or_path", student, "--output_dir", data, "--report_to", "none"]
         with pytest.raises(UserError, match=rf"--output_dir {data} would put files into the dataset folder "):
             run(script, *names, *flags, *ENGLISH)
+        assert sorted(data.rglob("*")) == before
