@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import glob
 import hashlib
 import itertools
 import multiprocessing
@@ -348,6 +349,11 @@ def _sliced(dataset: Dataset, split: str) -> Dataset:
 
 
 def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
+    if os.path.isdir(name) and glob.has_magic(os.path.realpath(name)):
+        raise UserError(
+            f"the path of the folder {name} has one of the characters * ? [ in it, which `datasets` takes for patterns; "
+            "rename the folder"
+        )
     try:
         builder = load_dataset_builder(name, config, cache_dir=cache_dir)
         if os.path.isdir(name):
@@ -375,7 +381,7 @@ def _builder_of_file(path: str, config: str | None, split: str, cache_dir: str |
     """A builder of one Parquet file on this disk, which is whatever split is asked for."""
     if config not in (None, "default"):
         raise UserError(f"{path} is a file and has no config {config}; leave its config out")
-    files = {split.partition("[")[0]: [os.path.abspath(path)]}
+    files = {split.partition("[")[0]: [glob.escape(os.path.abspath(path))]}
     try:
         builder = load_dataset_builder("parquet", data_files=files, cache_dir=cache_dir)
         return load_dataset_builder("parquet", data_files=files, cache_dir=_cache_of_files(builder, cache_dir))

@@ -324,6 +324,22 @@ def test_one_parquet_file_is_whatever_split_is_asked_for(tmp_path, spoken, open_
         list(open_source(file, streaming=streaming).rows(0))
 
 
+def test_names_that_look_like_patterns(tmp_path, spoken, open_source):
+    speech = make_parquet(tmp_path, spoken)
+    for name in ("speech [de]", "speech*"):
+        folder = speech.rename(tmp_path / name)
+        with pytest.raises(UserError, match=r"has one of the characters \* \? \[ in it, .*; rename the folder"):
+            open_source(str(folder))
+        for streaming in (False, True):
+            source = open_source(str(folder / "train-00001-of-00003.parquet"), streaming=streaming)
+            assert [row["n"] for row in source.rows(0)] == [5, 6]
+        speech = folder
+    make_saved(tmp_path / "[de]", spoken)
+    make_json(tmp_path / "[de]", spoken)
+    for source in (tmp_path / "[de]").iterdir():
+        assert open_source(str(source)).num_rows == 11
+
+
 @pytest.mark.parametrize("split", ["train[11:]", "train[20:30]", "train[3:3]", "train[:0]", "train[5:2]"])
 def test_a_slice_without_rows_is_refused(split, tmp_path, spoken, open_source):
     with pytest.raises(UserError, match=re.escape(f"the slice {split} is empty: there are 11 rows")):
