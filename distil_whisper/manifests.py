@@ -98,13 +98,16 @@ def _read_rows(path: Path, exact: Collection[str]) -> list[dict]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         return _csv_rows(text, path, exact) if path.suffix in (".csv", ".tsv") else _json_rows(text, path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is not in UTF-8 at line {line}; save it in that encoding") from error
 
 
 def _json_rows(text: str, path: Path) -> list[dict]:
     try:
-        rows = json.loads(text)
+        rows = _from_json(text, path)
         rows = rows["data"] if isinstance(rows, dict) and isinstance(rows.get("data"), list) else rows
         rows = [rows] if isinstance(rows, dict) else rows
     except json.JSONDecodeError as error:
@@ -115,17 +118,39 @@ def _json_rows(text: str, path: Path) -> list[dict]:
         )
     if not isinstance(rows, list):
         raise UserError(f"{path} must hold a list of rows, not a {type(rows).__name__}")
+    halves = re.search(r"\\u[dD][89a-fA-F]", text)  # of a pair that stands for one character, if both are there
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"row {index} of {path} must be names and values, not a {type(row).__name__}")
+        if halves:
+            _require_whole_characters(row, f"row {index} of {path}")
     return rows
+
+
+def _from_json(text: str, path: Path):
+    def as_row(pairs: list[tuple]) -> dict:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+            raise UserError(f"{path} has a row with {count} values called {name}; give each a name of its own")
+        return row
+
+    return json.loads(text, object_pairs_hook=as_row)
+
+
+def _require_whole_characters(row: dict, where: str) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise UserError(f"{where} has {half}, which is half of a character; write the whole one") from error
 
 
 def _json_lines(text: str, path: Path) -> list:
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows += [_from_json(line, path)] if line.strip() else []
         except json.JSONDecodeError as error:
             _broken(path, error, number)
     return rows
@@ -139,10 +164,13 @@ def _csv_rows(text: str, path: Path, exact: Collection[str]) -> list[dict]:
     # Tab-separated files such as Common Voice's do not quote, and their transcripts may begin with a quotation mark.
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     reader = csv.DictReader(io.StringIO(text), strict=True, **dialect)
-    for name, count in Counter(reader.fieldnames or ()).items():
+    try:
+        names, rows = reader.fieldnames or (), list(reader)
+    except csv.Error as error:
+        raise UserError(f"{path} is not valid CSV at line {reader.reader.line_num}: {error}") from error
+    for name, count in Counter(names).items():
         if count > 1:
             raise UserError(f"{path} has {count} columns called {name}; give each a name of its own")
-    rows = list(reader)
     for index, row in enumerate(rows):
         if None in row or None in row.values():
             raise UserError(f"row {index} of {path} has not as many cells as the first line has names")
@@ -186,7 +214,11 @@ def _dataset(rows: list[dict], columns: list[str], where: str) -> Dataset:
     for name in columns:
         try:
             array = pa.array([row.get(name) for row in rows])
-        except (pa.ArrowException, OverflowError) as error:
+        except OverflowError as error:
+            raise UserError(
+                f"column {name} of {where} holds a whole number of more than 64 bits; put it in quotes, as text"
+            ) from error
+        except pa.ArrowException as error:
             kinds = sorted({type(row[name]).__name__ for row in rows if row.get(name) is not None})
             raise UserError(f"column {name} of {where} mixes values of several kinds: {', '.join(kinds)}") from error
         arrays.append(array.cast(pa.string()) if pa.types.is_null(array.type) else array)

@@ -351,8 +351,8 @@ def _sliced(dataset: Dataset, split: str) -> Dataset:
 def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
     if os.path.isdir(name) and glob.has_magic(os.path.realpath(name)):
         raise UserError(
-            f"the path of the folder {name} has one of the characters * ? [ in it, which `datasets` takes for patterns; "
-            "rename the folder"
+            f"the path of the folder {name} has one of the characters * ? [ in it, which `datasets` takes for a "
+            "pattern; rename the folder"
         )
     try:
         builder = load_dataset_builder(name, config, cache_dir=cache_dir)

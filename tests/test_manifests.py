@@ -84,7 +84,13 @@ MALFORMED = [
     ("m.csv", "audio,text\na.wav,b\nc.wav,d,e\n", "row 1 of .*m.csv has not as many cells"),
     ("m.csv", "audio,text,text\na.wav,b,c\n", "m.csv has 2 columns called text; give each a name of its own"),
     ("m.json", '[{"audio": {"array": [0.1]}}]', "row 0 of .*m.json must give its audio as a path, not as a dict"),
-    ("m.csv", b"audio,text\na.wav,\xff\n", "m.csv cannot be read: 'utf-8' codec"),
+    ("m.csv", b"audio,text\na.wav,\xff\n", "m.csv is not in UTF-8 at line 2; save it in that encoding"),
+    ("m.csv", "audio,text\n".encode("utf-16"), "m.csv is not in UTF-8 at line 1; save it in that encoding"),
+    ("m.csv", 'audio,text\na.wav,"b\n', "m.csv is not valid CSV at line 2: unexpected end of data"),
+    ("m.jsonl", '{"audio": "a"}\n{"audio": "b", "n": "\\uD83D"}', r"row 1 of .* has \\ud83d, which is half of a char"),
+    ("m.json", '[{"audio": "a", "\\ude00": 1}]', r"row 0 of .*m.json has \\ude00, which is half of a character"),
+    ("m.json", f'[{{"audio": "a", "n": {10**30}}}]', "column n of .*m.json holds a whole number of more than 64 bits"),
+    ("m.json", '[{"audio": "a", "n": "x", "n": "y"}]', "m.json has a row with 2 values called n; give each a name"),
     (
         "m.txt",
         "audio",
@@ -99,6 +105,12 @@ def test_manifests_that_cannot_be_read(name, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         open_source(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_a_character_that_json_writes_as_two_halves_is_whole(tmp_path):
+    (tmp_path / "m.json").write_text('[{"audio": "a.wav", "text": "\\uD83D\\uDE00"}]')
+    (row,) = open_source(str(tmp_path / "m.json")).rows(0)
+    assert row["text"] == "\N{GRINNING FACE}"
 
 
 def test_an_audio_folder_without_metadata(tmp_path, utterances):
