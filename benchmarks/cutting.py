@@ -14,7 +14,7 @@ import argparse
 import json
 import random
 import string
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, count, pairwise
 from pathlib import Path
 
@@ -39,6 +39,8 @@ KINDS = (
     "last words missing",
     "extra words",
     "empty",
+    "border words",  # the last words of an utterance, at the head of the next one's transcript
+    "swapped",  # with the next one's
     "mixed",
 )
 STYLES = {  # the share of the borders between utterances that lie within a segment, None without timestamps
@@ -95,8 +97,7 @@ class Speech:
         return self.some(max(2, min(25, round(self.draw.gauss(9, 4)))))
 
     def transcript(self, said: list[str], kind: str) -> list[str]:
-        """A transcript of that kind, which is not what is said."""
-        kind = self.draw.choice(KINDS[:-1]) if kind == "mixed" else kind
+        """A transcript of that kind (not of those that take in a neighbour's), which is not what is said."""
         few = self.draw.randint(1, max(1, len(said) // 2))
         place = self.draw.choice([0, len(said), self.draw.randint(0, len(said))])
         return {
@@ -120,7 +121,29 @@ class Speech:
         return words
 
     def window(self, kind: str) -> list[Spoken]:
-        """The utterances of a window."""
+        """The utterances of a window, some with transcripts of a kind."""
+        utterances = self.utterances()
+        for place, utterance in enumerate(utterances):
+            if self.draw.random() < WRONG_TRANSCRIPTS:
+                wrong = self.draw.choice(KINDS[:-1]) if kind == "mixed" else kind
+                if wrong in ("border words", "swapped"):
+                    utterances[place : place + 2] = self.misplaced(utterances[place : place + 2], wrong)
+                else:
+                    utterances[place] = replace(utterance, transcript=self.transcript(utterance.said, wrong))
+        return utterances
+
+    def misplaced(self, utterances: list[Spoken], kind: str) -> list[Spoken]:
+        """An utterance and the next, if there is one, with words of their transcripts in the other's."""
+        first, *others = utterances
+        if not others:
+            return utterances
+        before, after = first.transcript, others[0].transcript
+        few = self.draw.randint(1, max(1, min(3, len(before) - 1))) if kind == "border words" else 0
+        before, after = (before[:-few], [*before[-few:], *after]) if few else (after, before)
+        return [replace(first, transcript=before), replace(others[0], transcript=after)]
+
+    def utterances(self) -> list[Spoken]:
+        """The utterances of a window, with transcripts that are what is said."""
         utterances: list[Spoken] = []
         start = 0.0
         while True:
@@ -130,9 +153,7 @@ class Speech:
             seconds = lead + tail + sum(self.seconds_of(word) for word in said)
             if start + seconds > WINDOW_S:
                 return utterances
-            wrong = self.draw.random() < WRONG_TRANSCRIPTS
-            transcript = self.transcript(said, kind) if wrong else said
-            utterances.append(Spoken(said, transcript, self.heard(said), start, seconds, lead, tail))
+            utterances.append(Spoken(said, said, self.heard(said), start, seconds, lead, tail))
             start += seconds
 
     def label(self, utterances: list[Spoken], joined: float | None) -> str:

@@ -62,12 +62,11 @@ class WordOwners:
 
     claimed [utterances, words]: some alignment gives the word to the utterance: it matches or replaces one of its
     words, or stands between two of them. between [words]: some alignment inserts the word between two utterances, so
-    that it may be of either. matched [words]: every alignment matches the word with an equal one.
+    that it may be of either.
     """
 
     claimed: np.ndarray
     between: np.ndarray
-    matched: np.ndarray
 
 
 def word_owners(references: list[list[str]], hypothesis: list[str]) -> WordOwners:
@@ -90,7 +89,7 @@ def word_owners(references: list[list[str]], hypothesis: list[str]) -> WordOwner
     between, within = inserted[firsts[1:]].any(0), inserted.copy()
     within[firsts[1:]] = False
     claimed = np.logical_or.reduceat(aligned, firsts) | np.logical_or.reduceat(within, firsts)
-    return WordOwners(claimed, between, ~(aligned & ~equal).any(0) & ~inserted.any(0))
+    return WordOwners(claimed, between)
 
 
 def worst(errors: list[Errors]) -> Errors:

@@ -1,12 +1,10 @@
 """Utterances that the teacher got wrong, cut out of packed windows: audio, text and times."""
 
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import numpy as np
-import regex
 
 from distil_whisper.alignment import Errors, WordOwners, count_errors, word_errors, word_owners, worst
 from distil_whisper.normalisation import Normaliser
@@ -17,26 +15,18 @@ REMOVED = "removed_spans"  # a key of rows that were cut: [start, end] in second
 # and often stand somewhere in the silence where two recordings meet. benchmarks/cutting.py shows what it does.
 COLLAR, COLLAR_SHARE = 0.3, 0.25
 CLEAR_COLLAR = 0.1  # the same, shorter than a word, of segments with words of which only the times say whose they are
-ANCHOR = 2  # words at either side of a border that must be as the transcripts say, where the text alone is to tell it
 _PARTS = ("utterance_ids", "utterance_starts", "utterance_texts")
 _INF = float("inf")
-# Spaces and opening quotation marks go with what comes after them, combining marks with their letter.
-_OPENING = r"\s*(?:[\p{Ps}\p{Pi}]\s*)*(?!\s)"
-_WORD, _LETTER = regex.compile(_OPENING + r"\S+"), regex.compile(_OPENING + r"\X\p{M}*")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What is said from start to end (seconds; the end may be inf), and its words as they are normalised.
-
-    timed: the times stand in the transcript; a text without timestamps is one segment of the whole window.
-    """
+    """What is said from start to end (seconds; the end may be inf), and its words as they are normalised."""
 
     text: str
     words: list[str]
     start: float
     end: float
-    timed: bool = True
 
     def utterances(self, starts: list[float], collar: float = COLLAR) -> slice:
         """The utterances whose audio it lies in, but for so many seconds."""
@@ -49,20 +39,9 @@ class Segment:
         ]
         return slice(found[0], found[-1] + 1)
 
-    def split(self, count: int, time: float, normaliser: Normaliser) -> list["Segment"]:
-        """The first so many words, up to a time, and the others; itself where normalisation joins words of the two."""
-        heads = ["", *accumulate((_LETTER if normaliser.spaceless else _WORD).findall(self.text))]
-        head = heads[bisect_right(heads, count, key=lambda text: len(normaliser(text).split())) - 1]
-        tail = self.text[len(head) :]
-        words = [normaliser(text).split() for text in (head, tail)]
-        if words != [self.words[:count], self.words[count:]]:
-            return [self]
-        first, second = replace(self, end=time), replace(self, start=time)
-        return [replace(first, text=head, words=words[0]), replace(second, text=tail, words=words[1])]
-
     def written(self) -> str:
         """Its part of a transcript."""
-        return f"{_mark(self.start)}{self.text}{_mark(self.end)}" if self.timed else self.text
+        return f"{_mark(self.start)}{self.text}{_mark(self.end)}"
 
 
 def cut_utterances(
@@ -72,8 +51,8 @@ def cut_utterances(
 
     The row itself where none has more. None where it cannot be done with certainty: where an utterance's transcript
     has no words, timestamps do not rise, a segment lies in audio that stays and in audio that goes, alignments of
-    least cost differ in whether a word stays or goes, or nothing stays. A segment across a border of utterances is
-    split where the text alone tells the border; without timestamps all of the text is one such segment.
+    least cost differ in whether a word stays or goes, or nothing stays. Without timestamps all of the text is one
+    segment. No segment is split by its text: words of a transcript may stand on the wrong side of a border.
     """
     starts = row["utterance_starts"]
     references = [normaliser(text or "").split() for text in row["utterance_texts"]]
@@ -81,7 +60,6 @@ def cut_utterances(
     if not all(references) or not segments or not _rise(segments):
         return None
     owners = word_owners(references, _words(segments))
-    segments = _split(segments, _borders(owners), starts, normaliser)
     owner = _owner_of_each_word(segments, owners, starts)
     if owner is None:
         return None
@@ -106,7 +84,7 @@ def _segments(transcript: str, normaliser: Normaliser) -> list[Segment]:
     """The segments of a transcript; none where one has no beginning. A last one may have no end, and no words yet."""
     before, *parts = TIMESTAMP_MARK.split(transcript)  # text, seconds, text, seconds, ..., text
     if not parts:
-        return [Segment(before, normaliser(before).split(), 0.0, _INF, timed=False)]
+        return [Segment(before, normaliser(before).split(), 0.0, _INF)]
     if before.strip():
         return []
     texts, times = parts[1::2], [*map(float, parts[::2]), _INF]
@@ -127,40 +105,6 @@ def _rise(segments: list[Segment]) -> bool:
     return all(segment.start < segment.end for segment in segments) and all(
         segment.end <= following.start for segment, following in pairwise(segments)
     )
-
-
-def _borders(owners: WordOwners) -> dict[int, int]:
-    """Where the text alone tells the border after an utterance: the number of words before it.
-
-    It does where the words at either side equal those of the transcripts in every alignment of least cost, and stand
-    side by side. An utterance of which nothing was heard has both of its borders there.
-    """
-    utterances, words = owners.claimed.shape
-    known = owners.matched & (owners.claimed.sum(0) == 1)
-    owner = [0, *owners.claimed.argmax(0).tolist(), utterances - 1]
-    borders: dict[int, int] = {}
-    for place in range(words + 1):
-        if known[max(place - ANCHOR, 0) : place + ANCHOR].all():
-            borders |= dict.fromkeys(range(owner[place], owner[place + 1]), place)
-    return borders
-
-
-def _split(
-    segments: list[Segment], borders: dict[int, int], starts: list[float], normaliser: Normaliser
-) -> list[Segment]:
-    """Segments split at the borders that they hold, in words and in time."""
-    result, first = [], 0
-    for segment in segments:
-        for border, place in sorted(borders.items()):
-            count, time = place - first, starts[border + 1]
-            within = 0 < count < len(segment.words) if segment.timed else True
-            if within and segment.start < time < segment.end:
-                *head, segment = segment.split(count, time, normaliser)
-                first += sum(len(part.words) for part in head)
-                result += head
-        result.append(segment)
-        first += len(segment.words)
-    return result
 
 
 def _owner_of_each_word(segments: list[Segment], owners: WordOwners, starts: list[float]) -> np.ndarray | None:
