@@ -387,7 +387,7 @@ def train(run: Training, max_steps: int) -> None:
     """
     args, state = run.args, run.state
     batches = run.data.batches(run.accelerator.print)
-    run.reports = StepReports(run.accelerator, min(args.max_bad_steps, max_steps), state.bad_steps)
+    run.reports = StepReports(run.accelerator, args.max_bad_steps, state.bad_steps, state.bad_in_a_row)
     progress = bar(total=max_steps, initial=state.step, desc="training", unit="step")
     run.model.train()  # checkpoints are loaded in evaluation mode
     with StopRequest() as stop, progress:
@@ -435,6 +435,17 @@ def check_skipped(run: Training, at_least: int = 100) -> None:
             f"{skipped} of {rows} rows cannot be used, more than --max_skipped {most:g} percent; the lines that begin "
             "with 'skipped' say why: allow more to go on from the last checkpoint, or mend them"
         )
+
+
+def check_end(run: Training) -> None:
+    """Raise UserError if the last step or the evaluation after it found losses that are not finite."""
+    run.reports.check_end(run.state.step)
+    for name, value in run.state.evaluations.get(run.state.step, Evaluation({})).values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"the last evaluation found {name} {value}, so the student is not saved; look at that data, or train "
+                "with a lower --learning_rate or another --dtype"
+            )
 
 
 def say(run: Training, line: str) -> None:
@@ -495,7 +506,7 @@ def save_checkpoint(run: Training) -> None:
     """A checkpoint of where training stands; every process takes part."""
     run.state.metered, run.state.streams = run.meter.sums(), run.data.to_keep()
     run.state.rows, run.state.skipped = run.meter.rows, run.meter.skipped
-    run.state.bad_steps = run.reports.bad_steps
+    run.state.bad_steps, run.state.bad_in_a_row = run.reports.bad_steps, run.reports.in_a_row
     run.state.scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler else {}
     run.checkpoints.save(run.student, run.model, run.raw_optimizer, run.scheduler, run.state)
 
@@ -506,6 +517,8 @@ def export(run: Training, folder: OutputFolder, repo: str | None) -> None:
     step = run.state.step
     if args.load_best_model_at_end:
         step = run.checkpoints.load_best(run.state, run.model)
+    else:
+        check_end(run)
     weights = student_weights(run.model)
     if run.accelerator.is_main_process:
         card = hub.model_card(

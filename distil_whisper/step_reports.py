@@ -32,11 +32,11 @@ class _Report:
 class StepReports:
     """Reports of steps; after `most` bad ones in a row training ends. Every process must call the methods."""
 
-    def __init__(self, accelerator: Accelerator, most: int, bad_steps: int = 0):
+    def __init__(self, accelerator: Accelerator, most: int, bad_steps: int = 0, in_a_row: int = 0):
         self.accelerator = accelerator
         self.most = most
         self.bad_steps = bad_steps  # of the whole run
-        self._in_a_row = 0
+        self.in_a_row = in_a_row  # of them, those up to the last step that was read
         self._lag = LAG if accelerator.device.type == "cuda" else 0  # a CPU has computed what is there to read
         self._sent: deque[_Report] = deque()
 
@@ -69,17 +69,26 @@ class StepReports:
                 report.arrived.synchronize()
             stop, bad, blaming, *blamed = report.values.tolist()
             stopping |= stop
-            self._in_a_row = self._in_a_row + 1 if bad else 0
+            self.in_a_row = self.in_a_row + 1 if bad else 0
             if bad:
                 self.bad_steps += 1
                 self._name(report, [blame or not blaming for blame in blamed])
-            if self._in_a_row == self.most:
-                raise UserError(
-                    f"the losses or gradients of the last {self.most} steps up to step {report.step} were not finite, "
-                    "which changed nothing; look at the rows that were named, or give a lower --learning_rate or "
-                    "another --dtype; the last checkpoint is as it was"
-                )
+            if self.in_a_row >= self.most:
+                self._fail(report.step, "the last checkpoint is as it was")
         return stopping
+
+    def check_end(self, step: int) -> None:
+        """Raise UserError if the last step of a run was bad: nothing says that its student is well, and no step comes
+        that could."""
+        if self.in_a_row:
+            self._fail(step, "the student is not saved; with more steps training goes on from the last checkpoint")
+
+    def _fail(self, step: int, kept: str) -> None:
+        steps = f"step {step}" if self.in_a_row == 1 else f"the last {self.in_a_row} steps up to step {step}"
+        raise UserError(
+            f"the losses or gradients of {steps} were not finite, which changed nothing; look at the rows "
+            f"that were named, or give a lower --learning_rate or another --dtype; {kept}"
+        )
 
     def _name(self, report: _Report, blamed: list[bool]) -> None:
         rows = [row_id for row_id, blame in zip(report.row_ids, blamed, strict=True) if blame and row_id]

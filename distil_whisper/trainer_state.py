@@ -28,7 +28,7 @@ class Evaluation:
 class TrainerState:
     """Where training stands: optimizer steps done, the evaluations by their steps, what the meter has summed since the
     last line of metrics, the rows that came until then and those of them that were skipped, where the data stand, how
-    float16's gradients are scaled, and how many steps were bad."""
+    float16's gradients are scaled, how many steps were bad, and how many of them up to the last one."""
 
     step: int = 0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -38,6 +38,7 @@ class TrainerState:
     streams: dict = field(default_factory=dict)
     scaler: dict = field(default_factory=dict)
     bad_steps: int = 0
+    bad_in_a_row: int = 0
 
     def best_steps(self) -> list[int]:
         """The evaluated steps, the best first: those whose figures measure what that of the last one does."""

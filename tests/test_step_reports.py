@@ -74,10 +74,26 @@ def test_bad_steps_in_a_row_end_the_run_and_spare_its_checkpoints(student, label
     assert len(states) == 2 and all(tensor.isfinite().all() for state in states for tensor in state.values())
 
 
-def test_a_run_of_bad_steps_alone_fails_however_short_it_is(student, labelled, tmp_path, poison):
-    poison(lambda number: True)
-    with pytest.raises(UserError, match="the last 2 steps up to step 2 were not finite"):
+def test_a_run_that_ends_with_bad_steps_saves_no_student_until_a_good_one_came(student, labelled, tmp_path, poison):
+    row_ids = poison(lambda number: number in (2, 3, 4))  # of the second and of the third step
+    with pytest.raises(UserError, match=r"of step 2 were not finite.*the student is not saved"):
         train_few(student, labelled, tmp_path, *FEW, "--max_steps", 2)
+    row_ids.clear()
+    row_ids += range(4)
+    for _ in range(2):  # nothing is left to train the second time
+        with pytest.raises(UserError, match="the last 2 steps up to step 3 were not finite"):
+            train_few(student, labelled, tmp_path, *FEW, "--max_steps", 3)
+    assert not (tmp_path / "config.json").exists()
+    train_few(student, labelled, tmp_path, *FEW, "--max_steps", 4)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_student_whose_last_evaluation_is_not_finite_is_not_saved(student, labelled, tmp_path, poison):
+    poison(lambda number: number >= 4)  # what comes after the rows of two steps
+    evaluate = ["--do_eval", "--eval_split_name", "test", "--eval_steps", 2]
+    with pytest.raises(UserError, match=r"the last evaluation found eval/.*loss nan, so the student is not saved"):
+        train_few(student, labelled, tmp_path, *FEW, "--max_steps", 2, *evaluate)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_no_limit_of_the_norm_is_no_clipping(student, labelled, tmp_path):
