@@ -9,6 +9,7 @@ Finished shards can be read at once with load_dataset. Killed and started again,
 on with the shards that are missing.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -78,6 +79,7 @@ from distil_whisper.uploads import BackgroundUploads
 
 STAGE = "run_pseudo_labelling"
 SKIPPED_FILE = "skipped.jsonl"
+WHEREABOUTS = {"location", "audio"}
 LABEL_ARGUMENTS = (  # those that decide what the labels are
     "model_name_or_path",
     "dtype",
@@ -261,7 +263,8 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
         return
     arguments = {name: getattr(args, name) for name in LABEL_ARGUMENTS}
     for source in sources:
-        keep_or_refuse(folder, source, {**arguments, "dataset": source.label, "shards": len(source.units)})
+        data = {"dataset": source.label, "shards": len(source.units), **whereabouts(source)}
+        keep_or_refuse(folder, source, {**arguments, **data})
         for shard in shards_of(source):
             was = (read_manifest(folder, shard) or {}).get("contents")
             if was is not None and was != (now := source.contents(shard.index)):
@@ -269,6 +272,12 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
                     f"{folder.path} holds labels of other data: {shard.name} was made of {was}, which now is {now}; "
                     "use the data as it was, another --output_dir, or --overwrite_output_dir"
                 )
+
+
+def whereabouts(source: Source) -> dict[str, str]:
+    """What tells other data of the same name: both are others, of data that was moved or mended only one."""
+    location = hashlib.blake2b(source.location.encode(), digest_size=8).hexdigest()  # which may hold credentials
+    return {"location": location, "audio": source.audio_digest()}
 
 
 def keep_or_refuse(folder: OutputFolder, source: Source, now: dict[str, object]) -> None:
@@ -280,15 +289,18 @@ def keep_or_refuse(folder: OutputFolder, source: Source, now: dict[str, object])
     was = earlier.get(split, {})
     if was:  # a flag that there was not is as it is without it
         was = {name: value.default for name, value in Arguments.__dataclass_fields__.items() if name in now} | was
-    more = was.get(LIMIT, math.inf) < now.get(LIMIT, 0)
-    differing = [
-        f"{name} was {was[name]} and is {now[name]}"
-        for name in now
-        if name in was and was[name] != now[name] and not (more and name == LIMIT)
-    ]
-    if differing:
+    differing = {name for name in now if name in was and was[name] != now[name]}
+    if differing >= WHEREABOUTS:
         raise UserError(
-            f"{folder.path} holds labels of {split} made with other arguments ({'; '.join(differing)}); use those, "
+            f"{folder.path} holds labels of other data called {source.label} than {source.name}; give another "
+            "--output_dir, or --overwrite_output_dir"
+        )
+    more = was.get(LIMIT, math.inf) < now.get(LIMIT, 0)
+    differing -= WHEREABOUTS | ({LIMIT} if more else set())
+    if differing:
+        said = "; ".join(f"{name} was {was[name]} and is {now[name]}" for name in now if name in differing)
+        raise UserError(
+            f"{folder.path} holds labels of {split} made with other arguments ({said}); use those, "
             "another --output_dir, or --overwrite_output_dir"
         )
     for shard in shards_of(source) if more else ():

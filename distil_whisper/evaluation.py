@@ -152,7 +152,12 @@ def evaluation_key(args, model: str, split: EvaluationSet, device: str) -> str:
         "arguments": {name: value for name, value in asdict(args).items() if name not in NO_FIGURE},
         "model": model,
         "device": device,
-        "data": [source.label, *(source.contents(unit.index) for unit in source.units)],
+        "data": [
+            source.location,
+            source.config,
+            source.split,
+            *(source.contents(unit.index) for unit in source.units),
+        ],
         "columns": asdict(split.columns),
         "told": [split.language, split.task],
     }
@@ -172,9 +177,13 @@ def open_logs(
     if accelerator.is_main_process:
         model, device = model_digest(whisper), device_name(accelerator)
         keys = [evaluation_key(args, model, split, device) for split in splits]
+    keys = broadcast_object_list(keys)
+    for key, split in zip(keys, splits, strict=True):
+        if keys.count(key) > 1:
+            raise UserError(f"--dataset_name lists {split.source.label} {keys.count(key)} times; leave the others out")
     batches = folder / f"{RECORDS}/{folder.stage}.batches"
     folder.claim(str(batches.relative_to(folder.path)))
-    logs = [BatchLog(batches / key, accelerator.process_index) for key in broadcast_object_list(keys)]
+    logs = [BatchLog(batches / key, accelerator.process_index) for key in keys]
     accelerator.wait_for_everyone()  # all have read what there is before one writes
     folder.share()
     return logs

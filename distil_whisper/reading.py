@@ -53,6 +53,7 @@ from distil_whisper.manifests import (
 
 _ROWS_AT_ONCE = 16  # rows taken from a file together; each is unpacked on its own, recordings may be long
 _ROWS_OF_PARQUET = 100  # that `datasets` reads at once; by default as many as the first row group has, also if none
+_ROWS_HEARD, _BYTES_HEARD = 8, 1 << 20  # of a source and of each of these rows, to tell it from another one
 _FILES_AT_ONCE = 32  # of which the rows are counted
 _PARQUET = ".parquet"
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
@@ -177,6 +178,22 @@ class Source:
         for table in self._tables(unit_index, names, 0):
             digest.update(repr(table.to_pylist()).encode())
         return f"rows {digest.hexdigest()}"
+
+    @property
+    def location(self) -> str:
+        """Where the data is: another one may have the same label."""
+        return os.path.realpath(self.name) if os.path.exists(self.name) else self.name
+
+    def audio_digest(self) -> str:
+        """What tells how the first rows sound, a digest of their audio as it is stored; "" if they cannot be read."""
+        digest = hashlib.blake2b(digest_size=8)
+        rows = itertools.chain.from_iterable(self.rows(unit.index, [self.audio_column]) for unit in self.units)
+        try:
+            for row in itertools.islice(rows, _ROWS_HEARD):
+                digest.update(_stored(row[self.audio_column]))
+        except UserError:
+            return ""
+        return digest.hexdigest()
 
     def as_text(self, column: str) -> None:
         """Take a column of whole numbers (a CSV of spoken digits) as text.
@@ -533,6 +550,16 @@ def _sample_type(feature) -> str | None:
     while isinstance(samples, (List, LargeList)):  # channels
         samples = samples.feature
     return samples.dtype
+
+
+def _stored(audio: dict) -> bytes:
+    """The first bytes of an undecoded audio, none of a file that is not on this disk."""
+    if audio.get("array") is not None:
+        return audio["array"].tobytes()[:_BYTES_HEARD]
+    if audio.get("bytes") or not os.path.isfile(audio.get("path") or ""):
+        return (audio.get("bytes") or b"")[:_BYTES_HEARD]
+    with open(audio["path"], "rb") as file:
+        return file.read(_BYTES_HEARD)
 
 
 def _units(

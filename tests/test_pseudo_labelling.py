@@ -198,17 +198,30 @@ def test_labels_of_other_data_are_refused(taught, utterances, tmp_path, streamin
     write_audio_dataset(data, utterances[:6], files=2)
     folder = label(taught, data, tmp_path / "out", *flags)
     other = write_audio_dataset(tmp_path / "two/speech", utterances[6:12], files=2)
-    with pytest.raises(
-        UserError, match=r"holds labels of other data: default/train-00000-of-00002.parquet was made of "
-    ):
+    with pytest.raises(UserError, match=r"holds labels of other data called speech/default/train than .*two/speech;"):
         label(taught, other, tmp_path / "out", *flags)
     kept = label(taught, data, tmp_path / "out", *flags)
+    moved = shutil.move(data, tmp_path / "three/speech")
+    label(taught, moved, tmp_path / "out", *flags)
+    data = moved
     shutil.rmtree(data)
     write_audio_dataset(data, utterances[:9], files=3)
     with pytest.raises(UserError, match=r"made with other arguments \(shards was 2 and is 3\)"):
         label(taught, data, tmp_path / "out", *flags)
     assert len(rows_of(kept)) == 6
     assert len(rows_of(label(taught, data, folder, *flags, "--overwrite_output_dir"))) == 9
+
+
+def test_what_other_speakers_say_in_files_of_the_same_names_is_other_data(taught, utterances, tmp_path):
+    """Such as the clean and the noisy recordings of a corpus."""
+    clean = write_manifest(tmp_path / "clean/train.json", utterances[:2])
+    swapped = [replace(u, samples=v.samples) for u, v in zip(utterances[:2], utterances[1::-1], strict=True)]
+    noisy = write_manifest(tmp_path / "noisy/train.json", swapped)
+    label(taught, clean, tmp_path / "out", *ENGLISH)
+    with pytest.raises(UserError, match=r"holds labels of other data called train.json/default/train than .*/noisy/"):
+        label(taught, noisy, tmp_path / "out", *ENGLISH)
+    (clean.parent / f"{utterances[0].id}.wav").write_bytes(b"")  # a file that changes where it is, is the same one
+    label(taught, clean, tmp_path / "out", *ENGLISH)
 
 
 def test_labels_of_other_rows_or_of_another_teacher_are_refused(taught, utterances, tmp_path):

@@ -200,7 +200,8 @@ def test_a_multilingual_model_needs_a_language(lively, speech_folder, tmp_path):
 
 
 def test_folders_of_one_name_are_told_apart_and_other_stages_metrics_stay(lively, utterances, tmp_path):
-    data = [write_manifest(tmp_path / folder / "test.json", utterances[:2]) for folder in "ab"]
+    swapped = [replace(u, samples=v.samples) for u, v in zip(utterances[:2], utterances[1::-1], strict=True)]
+    data = [write_manifest(tmp_path / f / "test.json", rows) for f, rows in (("a", utterances[:2]), ("b", swapped))]
     flags = ["--language", "hi", "--text_column_name", "sentence"]
     out = tmp_path / "out"
     evaluate(lively, data[0], out, *flags)
@@ -210,10 +211,16 @@ def test_folders_of_one_name_are_told_apart_and_other_stages_metrics_stay(lively
     assert [split["label"] for split in found["datasets"]] == ["test.json/default/test", "test.json/default/test (2)"]
     assert [row["dataset"][-3:] for row in predictions(out)] == ["est", "est", "(2)", "(2)"]
     assert len(found["datasets"]) == 2 and found["earlier"] == []  # the first of them alone
+    seconds = [round(len(u.samples) / 16_000, 3) for u in (*utterances[:2], *swapped)]
+    assert [row["seconds"] for row in predictions(out)] == seconds
     first, other, last = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert other == {"step": 7, "train/loss": 1.0}
     assert last["short_form/wer"] == np.mean([split["wer"] for split in found["datasets"]])
     assert first.keys() < last.keys()
+    evaluate(lively, f"{data[0]}+{data[1]}", out, *flags)
+    assert [row["seconds"] for row in predictions(out)] == seconds
+    with pytest.raises(UserError, match=r"--dataset_name lists test.json/default/test 2 times; leave the others out"):
+        evaluate(lively, f"{data[0]}+{data[0]}", out, *flags)
 
 
 def test_a_set_without_a_row_that_can_be_evaluated_fails_after_all_are_written(lively, utterances, tmp_path, capsys):
