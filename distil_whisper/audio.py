@@ -30,18 +30,17 @@ Audio = bytes | str | Path | dict
 
 
 def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
-    """Encoded audio as float32 mono samples [n] at sampling_rate (in hertz), channels averaged.
+    """Encoded audio as float32 mono samples [n] in [-1, 1] at sampling_rate (in hertz), channels averaged.
 
     audio is the bytes of a file, a path, or what datasets calls an undecoded audio: {"bytes", "path"}; a decoded one,
     {"array", "sampling_rate"}, is taken too. WAV, FLAC, MP3, OGG and Opus, integers or floats, any number of channels;
-    other kinds through FFmpeg, where there is one.
+    other kinds through FFmpeg, where there is one. Louder audio than [-1, 1] is divided by its peak, so that what is
+    stored of it is what was heard.
     Raises AudioError where there is nothing to use: empty, unreadable or missing files, no samples, NaN, infinity, or
     numbers that no sound has; and for a file that is cut short or damaged, as far as its container tells.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
-        samples, rate = _from_array(np.asarray(audio["array"])), audio["sampling_rate"]
-        if not rate:
-            raise AudioError("no sampling rate")
+        samples, rate = _from_array(np.asarray(audio["array"])), rate_of(audio)
     else:
         samples, rate = _read(audio)
     peak = np.abs(samples).max(initial=0.0)
@@ -49,8 +48,9 @@ def decode(audio: Audio, sampling_rate: int) -> np.ndarray:
         raise AudioError("NaN or infinite samples")
     if peak > LOUDEST:
         raise AudioError(f"samples of {peak:.0e}")
+    samples = _in_full_scale(samples)
     if rate != sampling_rate and len(samples):
-        samples = soxr.resample(samples, rate, sampling_rate, quality="HQ")
+        samples = _in_full_scale(soxr.resample(samples, rate, sampling_rate, quality="HQ"))
     if not len(samples):
         raise AudioError("zero samples")
     return np.ascontiguousarray(samples, dtype=np.float32)
@@ -62,7 +62,7 @@ def duration(audio: Audio) -> float:
     Raises AudioError as decode does, except for what only the samples can show.
     """
     if isinstance(audio, dict) and audio.get("array") is not None:
-        return max(np.shape(audio["array"])) / audio["sampling_rate"]
+        return max(np.shape(audio["array"])) / rate_of(audio)
     try:
         with _opened(audio) as file:
             frames, rate = file.frames if file.frames < _UNKNOWN_LENGTH else len(_mono(file)), file.samplerate
@@ -72,6 +72,14 @@ def duration(audio: Audio) -> float:
     if not frames:
         raise AudioError("zero samples")
     return frames / rate
+
+
+def rate_of(audio: dict) -> int:
+    """The sampling rate of {"array", "sampling_rate"}, in hertz. Raises AudioError for what is no rate."""
+    rate = audio["sampling_rate"]
+    if rate is None or not float(rate).is_integer() or rate < 1:
+        raise AudioError(f"no sampling rate, but {rate}" if rate else "no sampling rate")
+    return int(rate)
 
 
 def decoded_size(audio: Audio, sampling_rate: int) -> int:
@@ -205,15 +213,20 @@ class _Forward(soundfile.SoundFile):
 def _from_array(samples: np.ndarray) -> np.ndarray:
     """Samples of any type and number of channels as float32 mono in [-1, 1]: integers as large as their type allows.
 
-    Integers of 64 bits, which nobody samples in, are of 16 where all would fit, else of 32.
+    Those of 32 and 64 bits, the usual types of integers, are of 16 where all would fit, else of 32.
     """
     kind, bits = samples.dtype.kind, 8 * samples.dtype.itemsize
     if kind in "iu":
-        if bits == 64:
+        if bits >= 32:
             bits = 16 if np.abs(samples).max(initial=0) <= 1 << 15 else 32
         samples = (samples.astype(np.float64) - (1 << bits - 1) * (kind == "u")) / (1 << bits - 1)
     samples = samples.astype(np.float32)
     return samples.mean(axis=int(np.argmin(samples.shape))) if samples.ndim == 2 else samples
+
+
+def _in_full_scale(samples: np.ndarray) -> np.ndarray:
+    peak = np.abs(samples).max(initial=0.0)
+    return samples / peak if peak > 1.0 else samples
 
 
 class _UnknownFormat(AudioError):

@@ -15,7 +15,7 @@ from transformers.models.whisper.tokenization_whisper import TASK_IDS
 
 from distil_whisper import packing
 from distil_whisper.alignment import Errors, utterance_errors, worst
-from distil_whisper.audio import AudioError, Window, decode, decoded_size, encode, stack
+from distil_whisper.audio import AudioError, Window, decode, decoded_size, encode, rate_of, stack
 from distil_whisper.decoding import NOT_FINITE, Decoded, Decoder
 from distil_whisper.earlier_rows import EarlierRows
 from distil_whisper.errors import UserError
@@ -475,7 +475,7 @@ def _stored(audio: dict) -> dict:
     """Audio as a row of the dataset keeps it: its bytes, and the name of its file without the folders; samples as a
     FLAC file at their rate."""
     if audio.get("array") is not None:
-        rate = audio["sampling_rate"]
+        rate = rate_of(audio)
         return {"bytes": encode(decode(audio, rate), rate), "path": None}
     data = audio["bytes"] if audio["bytes"] is not None else Path(audio["path"]).read_bytes()
     return {"bytes": data, "path": Path(audio["path"]).name if audio["path"] else None}

@@ -143,9 +143,16 @@ class Source:
         if self.audio_column in row:
             audio = row[self.audio_column] or {"bytes": None, "path": None}
             if audio.get("array") is not None:
-                audio = {**audio, "array": np.asarray(audio["array"], self._sample_type)}
+                audio = {**audio, "array": self._samples(audio["array"])}
             row[self.audio_column] = audio
         return row
+
+    def _samples(self, values: list) -> np.ndarray:
+        """The samples of a row in the type of the column; NaN where some are null, or channels differ in length."""
+        try:
+            return np.asarray(values, self._sample_type)
+        except (TypeError, ValueError):
+            return np.array([np.nan])
 
     def count_rows(self) -> list[int | None]:
         """How many rows each unit has; for streamed Parquet the ends of all files are read.
@@ -549,7 +556,8 @@ def _sample_type(feature) -> str | None:
     samples = feature["array"]
     while isinstance(samples, (List, LargeList)):  # channels
         samples = samples.feature
-    return samples.dtype
+    kinds = [getattr(part, "dtype", "") for part in (samples, feature["sampling_rate"])]
+    return kinds[0] if all(kind.startswith(("int", "uint", "float")) for kind in kinds) else None
 
 
 def _stored(audio: dict) -> bytes:

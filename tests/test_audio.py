@@ -82,7 +82,14 @@ def test_bytes_paths_and_what_datasets_holds_are_the_same_audio(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "factor", "offset"),
-    [("int16", 2**15, 0), ("int32", 2**31, 0), ("int8", 2**7, 0), ("uint8", 2**7, 2**7), ("int64", 2**15, 0)],
+    [
+        ("int16", 2**15, 0),
+        ("int32", 2**31, 0),
+        ("int8", 2**7, 0),
+        ("uint8", 2**7, 2**7),
+        ("int32", 2**15, 0),
+        ("int64", 2**15, 0),
+    ],
 )
 def test_integers_are_scaled_by_their_type(kind, factor, offset):
     for samples in (tone(RATE), np.stack([tone(RATE) * 0.5, tone(RATE) * 1.5]), np.stack([tone(RATE)] * 2, axis=1)):
@@ -92,8 +99,25 @@ def test_integers_are_scaled_by_their_type(kind, factor, offset):
         assert duration(audio) == SECONDS
     large = {"array": np.array([-(2**31), 2**30], "int64"), "sampling_rate": RATE}
     np.testing.assert_array_equal(decode(large, RATE), [-1, 0.5])
-    with pytest.raises(AudioError, match="no sampling rate"):
-        decode({"array": tone(RATE), "sampling_rate": None}, RATE)
+
+
+@pytest.mark.parametrize("rate", [None, 0, np.nan, np.inf, -1.0, 0.5])
+def test_samples_need_a_rate(rate):
+    np.testing.assert_array_equal(decode({"array": tone(RATE), "sampling_rate": float(RATE)}, RATE), tone(RATE))
+    for read in (lambda audio: decode(audio, RATE), duration):
+        with pytest.raises(AudioError, match="no sampling rate"):
+            read({"array": tone(RATE), "sampling_rate": rate})
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+@pytest.mark.parametrize("loudness", [1.3, 8, 20_000])
+def test_what_is_stored_of_loud_audio_is_what_was_heard(loudness, rate):
+    """Such as floats in the range of 16-bit integers."""
+    loud = tone(rate) * loudness / np.abs(tone(rate)).max()
+    for audio in (encoded(loud, rate, subtype="FLOAT"), {"array": loud.tolist(), "sampling_rate": rate}):
+        heard = decode(audio, RATE)
+        np.testing.assert_allclose(heard, tone(RATE)[: len(heard)] / np.abs(tone(RATE)).max(), atol=1e-3)
+        np.testing.assert_allclose(decode(encode(heard, RATE), RATE), heard, atol=1 / 32_000)
 
 
 BROKEN = [

@@ -38,7 +38,7 @@ from stages import ENGLISH, label, rows_of, run, train_few
 from torch.utils.data import DataLoader, IterableDataset
 
 from distil_whisper import reading
-from distil_whisper.audio import decode
+from distil_whisper.audio import AudioError, decode
 from distil_whisper.errors import UserError
 from distil_whisper.reading import Source, Unit, require_columns
 
@@ -292,12 +292,27 @@ def test_samples_with_their_rate(kind, streaming, tmp_path, spoken, open_source)
             np.testing.assert_array_equal(source.row(number)["audio"]["array"], row["audio"]["array"])
 
 
+def test_samples_of_which_some_are_null(tmp_path, spoken, open_source):
+    for values in ([[1, None]], [[[1, 2], [3]]]):
+        rows = pa.array([{"array": values[0], "sampling_rate": RATE}] * len(spoken))
+        table = as_dataset(spoken).data.table.replace_schema_metadata(None).set_column(0, "audio", rows)
+        (tmp_path / "speech.parquet").unlink(missing_ok=True)
+        pq.write_table(table, tmp_path / "speech.parquet")
+        for row in open_source(str(tmp_path / "speech.parquet")).rows(0):
+            with pytest.raises(AudioError, match="NaN or infinite samples"):
+                decode(row["audio"], RATE)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("values", "found"),
     [
         ([[0.1, 0.2]] * 11, "samples without their sampling rate"),
         (list(range(11)), "no audio, but Value('int64')"),
+        (
+            [{"array": [True], "sampling_rate": 8}] * 11,
+            "no audio, but {'array': List(Value('bool')), 'sampling_rate': Value('int64')}",
+        ),
         ([{"samples": [0.1]}] * 11, "no audio, but {'samples': List(Value('float64'))}"),
     ],
 )
