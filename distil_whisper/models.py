@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from distil_whisper.arguments import attention
 from distil_whisper.attention import BY_PRODUCTS
 from distil_whisper.audio import Window
 from distil_whisper.errors import UserError, refuse_missing_path
-from distil_whisper.outputs import RECORDS, OutputFolder, remove
+from distil_whisper.outputs import RECORDS, OutputFolder, remove, sync_one
 from distil_whisper.tokens import Grammar
 
 ENGLISH_ONLY_VOCABULARY = (
@@ -48,6 +47,7 @@ SIZES = (  # of a config, which are all 1 or more
 )
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop")
 
+BESIDE = f"{RECORDS}/model"  # where a checkpoint is written before it is moved into an output folder
 MODEL_FILES = (  # what a saved checkpoint is made of; config.json comes last, and makes it loadable
     "README.md",
     "model.safetensors",
@@ -271,7 +271,8 @@ def save_whisper(
     weights: dict[str, torch.Tensor] | None = None,
     card: str | None = None,
 ) -> None:
-    """Save a checkpoint among the other files of an output folder: written beside, then moved, config.json last.
+    """Save a checkpoint among the other files of an output folder: written beside and synced, then moved, config.json
+    last. What is left beside by a killed run is replaced by the next one, or removed as it opens the folder.
 
     Raises UserError for weights that are not finite.
     """
@@ -279,15 +280,17 @@ def save_whisper(
         raise UserError(
             f"the student's weights are not finite (such as {broken}), so they are not saved in {folder.path}"
         )
-    with tempfile.TemporaryDirectory(dir=folder / RECORDS) as beside:
-        write_whisper(Path(beside), whisper, weights)
+    with folder.new_folder(BESIDE) as beside:
+        write_whisper(beside, whisper, weights)
         if card is not None:
-            (Path(beside) / "README.md").write_text(card, encoding="utf-8")
-        names = sorted(os.listdir(beside), key=lambda name: name == "config.json")
-        folder.claim(*names)
-        remove(folder / "config.json")  # a mixture of old and new files must not load
-        for name in names:
-            os.replace(Path(beside) / name, folder / name)
+            (beside / "README.md").write_text(card, encoding="utf-8")
+    names = sorted(os.listdir(folder / BESIDE), key=lambda name: name == "config.json")
+    folder.claim(*names)
+    remove(folder / "config.json")  # a mixture of old and new files must not load
+    for name in names:
+        os.replace(folder / BESIDE / name, folder / name)
+    sync_one(folder.path)
+    folder.remove(BESIDE)
 
 
 def _load(kind: type, name: str, argument: str, **options):

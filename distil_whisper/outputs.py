@@ -196,7 +196,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if beside.is_dir():
             remove(path)
         os.replace(beside, path)
-        _sync_one(path.parent)
+        sync_one(path.parent)
     finally:
         remove(beside)
 
@@ -221,10 +221,11 @@ def _sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk."""
     for inner in path.iterdir() if path.is_dir() else ():
         _sync(inner)
-    _sync_one(path)
+    sync_one(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

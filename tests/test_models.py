@@ -1,6 +1,7 @@
 """Checkpoints that cannot be used: one sentence, whichever of their files is wrong."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.models.whisper.modeling_whisper import WhisperPositionalEmbedding
 
+from distil_whisper import models, outputs
 from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper, save_whisper
 from distil_whisper.outputs import OutputFolder
@@ -94,6 +96,43 @@ def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(dtype, checkpo
         with pytest.raises(UserError, match=rf"weights are not finite \(such as {name}\), so they are not saved in"):
             save_whisper(folder, whisper, weights)
         assert not (folder / "config.json").exists()
+
+
+def test_a_killed_save_leaves_nothing_that_the_next_start_does_not_remove(checkpoint, tmp_path, monkeypatch):
+    """Killed while a file is written, no block of a `with` ends and nothing is removed."""
+    whisper = load_whisper(str(checkpoint), device="cpu")
+
+    def killed(path, *_):
+        (path / "model.safetensors").write_bytes(b"half")
+        monkeypatch.setattr(outputs, "remove", lambda path: None)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "write_whisper", killed)
+        with OutputFolder(tmp_path / "saved", "stage") as folder, pytest.raises(KeyboardInterrupt):
+            save_whisper(folder, whisper)
+    assert [*(tmp_path / "saved").rglob("model.safetensors")]
+    monkeypatch.undo()
+    with OutputFolder(tmp_path / "saved", "stage") as folder:
+        assert not [*(tmp_path / "saved").rglob("model.safetensors")]
+        save_whisper(folder, whisper)
+    assert {path.name for path in (tmp_path / "saved/.distil_whisper").iterdir()} == {"stage.json", "stage.lock"}
+    load_whisper(str(tmp_path / "saved"))
+
+
+def test_a_saved_checkpoint_is_on_the_disk_before_it_has_its_name(checkpoint, tmp_path, monkeypatch):
+    whisper, synced, moved = load_whisper(str(checkpoint), device="cpu"), [], {}
+
+    def replace(source, target, replace=os.replace):
+        moved[os.path.basename(target)] = os.stat(source).st_ino in synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file, fsync=os.fsync: synced.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "replace", replace)
+    with OutputFolder(tmp_path, "stage") as folder:
+        save_whisper(folder, whisper)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= moved.keys() and all(moved.values())
+    assert synced[-1] != tmp_path.stat().st_ino and tmp_path.stat().st_ino in synced  # the last one is of the record
 
 
 def test_the_table_of_positions_is_read_as_transformers_reads_it(checkpoint):
