@@ -448,6 +448,16 @@ def check_end(run: Training) -> None:
             )
 
 
+def check_evaluated(run: Training) -> None:
+    """Raise UserError if the evaluation after the last step could use no row of a set: there is no figure of it."""
+    evaluation = run.state.evaluations.get(run.state.step)
+    if run.validator is not None and evaluation and (unmeasured := run.validator.unmeasured(evaluation.values)):
+        raise UserError(
+            f"no row of {', '.join(unmeasured)} could be used in the last evaluation, which therefore has no figure; "
+            "the line 'rows left out of the evaluation' says why"
+        )
+
+
 def say(run: Training, line: str) -> None:
     """A line on the main process, above the progress bar."""
     if run.accelerator.is_main_process:
@@ -498,8 +508,10 @@ def evaluate(run: Training) -> None:
     for note in found.notes:
         say(run, note)
     say(run, f"step {run.state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.values.items()))
-    measure = run.validator.measure(found, run.weights, run.args.teacher_model_name_or_path)
-    run.state.evaluations[run.state.step] = Evaluation(found.values, measure)
+    measure = run.validator.measure(run.weights, run.args.teacher_model_name_or_path)
+    run.state.evaluations[run.state.step] = evaluation = Evaluation(found.values, measure, found.rows)
+    if evaluation.figure is not None and run.state.step not in run.state.best_steps():
+        say(run, "other evaluations could use more rows, so this one is not ranked with them")
 
 
 def save_checkpoint(run: Training) -> None:
@@ -664,6 +676,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run.trackers = open_trackers(run, folder)
             evaluate(run)
+            check_evaluated(run)
         run.trackers.finish()
 
 
@@ -690,6 +703,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
         run.checkpoints.finish()
     check_skipped(run, at_least=0)
     export(run, folder, repo)
+    check_evaluated(run)
 
 
 if __name__ == "__main__":

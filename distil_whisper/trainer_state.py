@@ -7,10 +7,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 @dataclass
 class Evaluation:
-    """What a validation found, by name, and what that measures (see Validator.measure)."""
+    """What a validation found, by name, what that measures (see Validator.measure), and of how many rows it is: 0
+    where an earlier version has not counted them."""
 
     values: dict[str, float]
     measure: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
 
     @property
     def figure(self) -> float | None:
@@ -41,16 +43,15 @@ class TrainerState:
     bad_in_a_row: int = 0
 
     def best_steps(self) -> list[int]:
-        """The evaluated steps, the best first: those whose figures measure what that of the last one does."""
+        """The evaluated steps, the best first: those whose figures measure what that of the last one does. Where rows
+        could not be read at one of them, its figure is of others, and it is left out."""
         if not self.evaluations:
             return []
         last = self.evaluations[max(self.evaluations)]
-        ranked = [
-            (each.figure, step)
-            for step, each in self.evaluations.items()
-            if each.figure is not None and each.is_comparable(last)
-        ]
-        return [step for _, step in sorted(ranked)]
+        alike = {step: each for step, each in self.evaluations.items() if each.is_comparable(last)}
+        most = max(each.rows for each in alike.values())
+        ranked = [(each.figure, step) for step, each in alike.items() if each.rows in (0, most)]
+        return [step for _, step in sorted((figure, step) for figure, step in ranked if figure is not None)]
 
 
 @dataclass

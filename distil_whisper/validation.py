@@ -52,9 +52,11 @@ class Reference:
 
 @dataclass
 class Validation:
-    """What a validation found: figures by name, and per dataset some rows of id, reference and prediction."""
+    """What a validation found: figures by name, of how many rows they are, and per dataset some rows of id, reference
+    and prediction."""
 
     values: dict[str, float] = field(default_factory=dict)
+    rows: int = 0
     tables: dict[str, list[list[str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -123,7 +125,8 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module, weights: LossWeights) -> Validation:
-        """Figures of every set as `eval/<name>/...`, and their means `eval/wer` and `eval/loss`."""
+        """Figures of every set as `eval/<name>/...`, and their means `eval/wer` and `eval/loss`. A set of which no row
+        can be used has none, and there are no means then."""
         model.eval()
         if self.sharded and self.decoder is not None:
             self.decoder.model.load_state_dict(student_weights(model, everywhere=True))
@@ -136,23 +139,24 @@ class Validator:
                 for s in self.sets
                 if f"eval/{s.name}/{figure}" in result.values
             ]
-            if found:
+            if len(found) == len(self.sets):
                 result.values[f"eval/{figure}"] = sum(found) / len(found)
         model.train()
         return result
 
-    def measure(self, found: Validation, weights: LossWeights, teacher: str | None) -> dict[str, Any]:
-        """What the figure that tells the best student measures: its name, the sets that have it, and a digest of their
-        data and of the settings. Figures of the same measure can be compared."""
-        figure = next((name for name in ("eval/wer", "eval/loss") if name in found.values), "")
-        kind = figure.removeprefix("eval/")
-        sets = [held_out for held_out in self.sets if f"eval/{held_out.name}/{kind}" in found.values]
-        settings = (weights, teacher)
-        if self.decoder is not None and kind == "wer":
-            settings = (self.decoder.num_beams, self.decoder.max_label_length)
-        told = repr((settings, [held_out.identity for held_out in sets]))
+    def measure(self, weights: LossWeights, teacher: str | None) -> dict[str, Any]:
+        """What the figure that tells the best student measures: its name, the sets, and a digest of their data and of
+        the settings. Figures of the same measure can be compared, if they are of as many rows."""
+        figure, settings = "eval/loss", (weights, teacher)
+        if self.decoder is not None:
+            figure, settings = "eval/wer", (self.decoder.num_beams, self.decoder.max_label_length)
+        told = repr((settings, [held_out.identity for held_out in self.sets]))
         digest = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
-        return {"figure": figure, "sets": [held_out.name for held_out in sets], "settings": digest}
+        return {"figure": figure, "sets": [held_out.name for held_out in self.sets], "settings": digest}
+
+    def unmeasured(self, values: dict[str, float]) -> list[str]:
+        """The sets that have no figures, by name."""
+        return [held_out.name for held_out in self.sets if f"eval/{held_out.name}/loss" not in values]
 
     def _measure(self, held_out, model, weights, result: Validation) -> None:
         loader = DataLoader(
@@ -160,12 +164,13 @@ class Validator:
             batch_size=None,
             **workers(self.num_workers),
         )
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         problems, spoken = [], []
         for batch, references in bar(loader, desc=f"evaluating {held_out.name}", unit="batch", leave=False):
             with self.accelerator.autocast():
                 losses = model(**batch.inputs(self.accelerator.device))
-            sums += torch.stack([losses[name].detach().double().cpu() for name in ("ce", "kl", "tokens")])
+            found = [losses[name].detach().double().cpu() for name in ("ce", "kl", "tokens")]
+            sums += torch.stack([*found, torch.tensor(float(len(references)))])
             problems += batch.problems
             if self.decoder is not None:
                 spoken += self._transcribe(batch.waveforms, references)
@@ -188,10 +193,12 @@ class Validator:
 
     def _record(self, held_out, sums, problems, spoken, weights, result: Validation) -> None:
         name = held_out.name
-        ce, kl, tokens = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
-        tokens = max(tokens, 1)
-        loss = (weights.ce * ce + weights.kl * weights.temperature**2 * kl) / tokens
-        result.values |= {f"eval/{name}/loss": loss, f"eval/{name}/ce": ce / tokens, f"eval/{name}/kl": kl / tokens}
+        ce, kl, tokens, rows = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+        result.rows += int(rows)
+        if rows:
+            loss = (weights.ce * ce + weights.kl * weights.temperature**2 * kl) / tokens
+            found = {"loss": loss, "ce": ce / tokens, "kl": kl / tokens}
+            result.values |= {f"eval/{name}/{figure}": value for figure, value in found.items()}
         if problems:
             row_id, reason = problems[0]
             result.notes.append(f"{name}: {len(problems)} rows left out of the evaluation, such as {row_id}: {reason}")

@@ -289,6 +289,11 @@ def test_best_is_the_lowest_figure_of_what_the_last_evaluation_measures():
     assert state.best_steps() == [1, 7]
     state.evaluations[8] = Evaluation({"eval/wer": math.nan}, wer)
     assert state.best_steps() == [4, 6, 0]
+    state.evaluations |= {
+        9: Evaluation({"eval/wer": 35.0}, wer, rows=20),
+        10: Evaluation({"eval/wer": 0.0}, wer, rows=19),
+    }
+    assert state.best_steps() == [4, 9, 6, 0]  # an earlier version has not counted the rows
     assert StoredState.from_json(json.loads(json.dumps({"state": {"step": 8}, "scheduler": {}, "checksums": {}})))
 
 

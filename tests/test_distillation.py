@@ -7,7 +7,7 @@ import jiwer
 import pytest
 import torch
 from conftest import write_audio_dataset
-from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, run, train_few, weights
+from stages import ENGLISH, SPEAKERS, label, metrics, rows_of, run, train, train_few, weights, write_manifest
 from transformers import WhisperForConditionalGeneration
 
 import run_distillation
@@ -213,8 +213,8 @@ def figures(monkeypatch):
 
     def validator(self, model, weights):
         wer = found.pop(0)
-        test = {"eval/labelled/default/test/wer": wer, "eval/labelled/default/test/cer": 1.0}
-        return Validation({"eval/wer": wer, **test})
+        test = {f"eval/labelled/default/test/{name}": value for name, value in (("wer", wer), ("cer", 1), ("loss", 1))}
+        return Validation({"eval/wer": wer, "eval/loss": wer, **test})
 
     monkeypatch.setattr(Validator, "__call__", validator)
     return found
@@ -230,6 +230,27 @@ def test_the_best_checkpoints_are_kept_and_saved(figures, student, labelled, tmp
     assert not all(torch.equal(tensor, last[name]) for name, tensor in weights(folder).items())
     card = (folder / "README.md").read_text()
     assert "20.0" in card and "70.0" not in card and "Optimizer steps: 2" in card
+
+
+def test_an_evaluation_of_fewer_rows_is_no_best_and_drops_none(student, labelled, utterances, tmp_path, capsys):
+    """Such as while a file server is away: a set of which nothing can be read has no figure, least of all 0."""
+    path = write_manifest(tmp_path / "held_out" / "rows.json", utterances[:3])
+    audio = sorted(path.parent.glob("*.wav"))
+    flags = [*SFT, "--do_eval", "--eval_dataset_name", path, "--eval_split_name", "train", "--eval_steps", 1]
+    flags += ["--eval_text_column_name", "sentence", "--save_total_limit", 1, "--load_best_model_at_end"]
+    folder = train_few(student, labelled, tmp_path / "out", *flags, "--learning_rate", 1, "--max_steps", 2)
+    first = checkpoints(folder)[0]
+    audio[0].unlink()
+    train_few(student, labelled, folder, *flags, "--learning_rate", 1, "--max_steps", 3)
+    assert "more rows, so this one is not ranked" in capsys.readouterr().out and first in checkpoints(folder)
+    for file in audio[1:]:
+        file.unlink()
+    with pytest.raises(UserError, match=r"no row of .* could be used in the last evaluation"):
+        train_few(student, labelled, folder, *flags, "--learning_rate", 1, "--max_steps", 4)
+    assert checkpoints(folder) == [first, "checkpoint-4"] and "eval/loss" not in metrics(folder, "step")[-1]
+    assert all(torch.equal(tensor, weights(folder / first)[name]) for name, tensor in weights(folder).items())
+    with pytest.raises(UserError, match=r"no row of .* could be used in the last evaluation"):
+        train(student, labelled, folder, *flags, "--do_train", False)
 
 
 def test_a_step_that_is_both_best_and_due_is_written_once(figures, student, labelled, monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ def test_rows_of_several_languages_under_one_normaliser_are_told(rows, noted, mo
     monkeypatch.setattr(ALONE, "autocast", torch.no_grad, raising=False)
     spoken = validator._transcribe(torch.zeros(2, 1), references)
     result = Validation()
-    validator._record(held_out, torch.ones(3), [], spoken, LossWeights(), result)
+    validator._record(held_out, torch.ones(4), [], spoken, LossWeights(), result)
     assert result.values["eval/dev/cer"] == 25.0
     assert result.tables["dev"][0] == ["row 0", "你好世界", "你好世間"]
     assert [note.startswith("dev: its rows are in several languages (de, zh)") for note in result.notes] == [
