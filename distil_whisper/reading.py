@@ -142,6 +142,8 @@ class Source:
         """A row whose audio is a dict, also where there is none, and whose samples have the type that they have."""
         if self.audio_column in row:
             audio = row[self.audio_column] or {"bytes": None, "path": None}
+            if isinstance(audio, str):
+                audio = {"bytes": None, "path": audio}
             if audio.get("array") is not None:
                 audio = {**audio, "array": self._samples(audio["array"])}
             row[self.audio_column] = audio
@@ -531,6 +533,8 @@ def _undecoded(data: Dataset | IterableDataset, audio_column: str, name: str):
             if _sample_type(feature) is not None:
                 continue
             _require_files(feature, f"column {column} of {name}")
+            if feature == Value("large_string"):  # as pandas writes paths; `datasets` makes no Audio of them
+                continue
         if column == audio_column or is_audio:
             data = data.cast_column(column, Audio(decode=False))
     return data
