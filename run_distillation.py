@@ -146,6 +146,7 @@ class Arguments(ModelFields, DataFields, RunFields):
         "Rows that all processes together hold to shuffle them in streaming mode, if that is more than a block of up "
         "to 100 rows for each row of a step.",
         at_least=1,
+        at_most=1_000_000,
     )
 
     do_train: bool = option(False, "Train.")

@@ -248,13 +248,16 @@ def check_names(args: Arguments, sources: list[Source]) -> None:
     """Raise UserError for datasets whose files would have the same names, or would lie in a dataset that is read."""
     for source in sources:
         check_apart(args.output_dir, [other.name for other in sources], below=source.config or "default")
-    names = [f"{source.config}/{source.split}" for source in sources]
-    for name in names:
-        if names.count(name) > 1:
+    files: dict[str, str] = {}  # the names of their files, by the split and config that were given first
+    for source in sources:
+        name = f"{source.config or 'default'}/{source.split}"
+        stem = ShardFile(source.config or "default", source.split, 0, 1).stem
+        if stem in files:
             raise UserError(
-                f"--dataset_name lists {names.count(name)} datasets with the same {name}, whose files would have the "
-                "same names; label them into one --output_dir each"
+                f"--dataset_name lists {files[stem]} and {name}, whose files would have the same names; label them "
+                "into one --output_dir each"
             )
+        files[stem] = name
 
 
 def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]) -> None:

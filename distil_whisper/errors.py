@@ -62,17 +62,18 @@ def exit_on_user_error(main: Callable[[], object]) -> None:
 
 def _sentence(error: Exception) -> str | None:
     """What a user is told of an error that they can mend; None for one that they cannot."""
-    if isinstance(error, UserError):
-        # A DataLoader's worker sends its traceback along: the sentence comes after the last name of the class.
-        return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
     for cause in _causes(error):
         if isinstance(cause, torch.OutOfMemoryError):
             return (
                 f"{str(cause).split('. GPU', 1)[0]}; give a smaller batch (--per_device_train_batch_size, "
                 "--per_device_eval_batch_size), with which a run that is started again goes on"
             )
-        if (problem := _disk_problem(cause)) is not None:
+        if (problem := _disk_problem(cause)) is not None:  # also where reading a dataset fails as its copy has no room
             return f"{problem}; what is finished is kept: make room, and start the same command again"
+    if isinstance(error, UserError):
+        # A DataLoader's worker sends its traceback along: the sentence comes after the last name of the class.
+        return str(error).rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")[2]
+    for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in PATH_PROBLEMS and cause.filename is not None:
             return f"{str(cause.filename)[:200]} cannot be used: {os.strerror(cause.errno)}"
     return None

@@ -105,7 +105,8 @@ def _is_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
 class ShardFile:
     """One output file: a unit of one split of one configuration.
 
-    `datasets` takes only letters, digits and _ in the name of a split: the slice train[:100] is called train_to100.
+    `datasets` takes only letters, digits and _ in the name of a split: the slice train[:100] is called train_to100. A
+    configuration is one folder: a/b is called a_b.
     """
 
     config: str
@@ -117,7 +118,7 @@ class ShardFile:
     def stem(self) -> str:
         """Its configuration, split and number."""
         split = re.sub(r"\W", lambda found: SLICE_MARKS.get(found.group(), "_"), self.split)
-        return f"{self.config}/{split}-{self.index:05d}-of-{self.of:05d}"
+        return f"{self.config.replace('/', '_')}/{split}-{self.index:05d}-of-{self.of:05d}"
 
     @property
     def name(self) -> str:
@@ -136,10 +137,13 @@ def schema(
     """The features of the hand-off dataset, and how clashing columns of the source are called in it.
 
     kept: the columns to keep, None for all. A column of the source that has the name of one of ours is kept as
-    `source_<name>`.
+    `source_<name>`, with one more `source_` for each time that it was labelled before.
     """
     names = list(source) if kept is None else [name for name in kept if name in source]
-    renamed = {name: f"source_{name}" if name in WRITTEN and name != text_column else name for name in names}
+    renamed = {name: name for name in names}
+    for name in (name for name in names if name in WRITTEN and name != text_column):
+        while renamed[name] in names:
+            renamed[name] = f"source_{renamed[name]}"
     features = {renamed[name]: Audio() if name == audio_column else source[name] for name in names}
     return Features({**features, **WRITTEN}), renamed
 

@@ -11,13 +11,14 @@ import unicodedata
 import regex
 
 EMOJI = regex.compile(r"\p{Extended_Pictographic}")  # as symbols, before NFKC makes letters of some, such as ™ and ℹ
-JOINED_LETTERS = {  # letters that older texts spell with a joiner: the Malayalam chillus, the Bengali khanda ta
+JOINED_LETTERS = {  # letters that some spell with a joiner: Malayalam chillus, Bengali khanda ta, Marathi eyelash ra
     "ണ്\u200d": "ൺ",
     "ന്\u200d": "ൻ",
     "ര്\u200d": "ർ",
     "ല്\u200d": "ൽ",
     "ള്\u200d": "ൾ",
     "ত্\u200d": "ৎ",
+    "र्\u200d": "ऱ्",
 }
 # Joiners, direction marks, soft hyphens, byte-order marks, variation selectors, the frames of keycaps, and the
 # Armenian marks of tone, which stand within words: all go, and join what is beside them. So a Persian word is one

@@ -154,6 +154,9 @@ class StreamMixture:
         than its run had they mean nothing, and a new pass over the data comes next."""
         if not kept:
             return {}
+        if "places" not in kept:
+            say("the run was not streamed before: a new pass over the data begins")
+            return {}
         places = {
             int(lane): {int(dataset): Place(**place) for dataset, place in of_lane.items()}
             for lane, of_lane in kept["places"].items()

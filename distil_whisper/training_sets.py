@@ -260,7 +260,9 @@ class Mixture:
         if "samples" not in kept:
             kept = self._of_earlier_version(batches, before, say)
         self.position = self._grouped_from = kept["samples"]
-        if not kept["groups"]:
+        if "places" in kept:
+            say("the run was streamed before: from here on rows come in another order")
+        if not kept.get("groups"):
             return
         grouped_from, size = kept["groups"]
         batches = MapBatches(self.order, Share(0, 1, size), grouped_from=grouped_from)

@@ -244,7 +244,7 @@ def test_a_limit_needs_its_column_in_pseudo_labels_alone(
         (["--max_label_length", 0], "--max_label_length is 0; it must be 1 or more"),
         (["--max_skipped", -1], "--max_skipped is -1.0; it must be between 0 and 100"),
         (["--audio_column_name", "sound"], "--audio_column_name sound is not a column of"),
-        (["--dataset_split_name", "train+train"], "lists 2 datasets with the same default/train"),
+        (["--dataset_split_name", "train+train"], "lists default/train and default/train, whose files would"),
         (["--task", "translat"], "translat"),
         (["--model_name_or_path", "SPEECH"], "cannot be loaded as a Whisper checkpoint"),
         (["--dataset_config_name", "hi"], "has no config hi (allowed: default"),
@@ -294,6 +294,14 @@ def test_a_column_of_another_kind_than_labels_have_is_named(column, value, sente
     Dataset.from_list(rows).to_parquet(tmp_path / "labels/train.parquet")
     with pytest.raises(UserError, match=sentence):
         train_few(student, tmp_path / "labels", tmp_path / "out", *SFT, "--streaming", streaming)
+
+
+def test_splits_whose_files_would_have_one_name_are_refused(taught, utterances, tmp_path):
+    """Each of their files would replace the other's."""
+    first, second = (write_manifest(tmp_path / name / f"{name}.json", utterances[:2]) for name in "ab")
+    splits = ["--dataset_split_name", "test.clean+test_clean"]
+    with pytest.raises(UserError, match=r"lists default/test.clean and default/test_clean, whose files would have"):
+        label(taught, f"{first}+{second}", tmp_path / "out", *ENGLISH, *splits)
 
 
 @pytest.mark.parametrize(("kind", "window", "words"), [("window", 3, WORDS), ("tokenizer", 2, WORDS[:3])])

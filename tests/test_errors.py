@@ -151,6 +151,18 @@ def test_a_disk_that_fills_up_leaves_no_half_file_and_what_is_there(
     assert files_of(tmp_path / "full").keys() == whole.keys()
 
 
+def test_a_copy_of_a_dataset_without_room_is_no_fault_of_the_dataset(capsys):
+    def read():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "cache/speech.arrow")
+        except OSError as error:
+            raise UserError("speech cannot be read: No space left on device") from error
+
+    with pytest.raises(SystemExit):
+        exit_on_user_error(read)
+    assert capsys.readouterr().err.startswith("error: cache/speech.arrow cannot be written: No space left on device;")
+
+
 def test_a_path_that_cannot_be_used_is_one_line(capsys):
     with pytest.raises(SystemExit):
         exit_on_user_error(Path("x" * 5_000).read_bytes)

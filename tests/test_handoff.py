@@ -71,6 +71,19 @@ def test_the_schema_keeps_the_source_and_adds_the_columns_of_the_contract():
     assert set(some) == {"sound", "text", *WRITTEN} and set(renamed) == {"sound", "text"}
 
 
+def test_a_dataset_labelled_for_the_third_time_keeps_all_of_its_columns():
+    once, _ = schema(SOURCE, None, "sound", "text")
+    twice, _ = schema(once, None, "sound", "text")
+    thrice, renamed = schema(twice, None, "sound", "text")
+    assert len(set(renamed.values())) == len(twice) and set(thrice) == {*renamed.values(), *WRITTEN}
+    assert renamed["wer"] == "source_source_wer" and renamed["source_wer"] == "source_wer"
+
+
+def test_a_configuration_of_two_levels_is_one_folder(folder, load):
+    write_unit(folder, ShardFile("indic/hi", "train", 0, 1), [row(0)])
+    assert ids(load("indic_hi")) == {"train": ["row-0"]}
+
+
 def test_every_column_that_we_write_is_explained():
     assert MEANINGS.keys() == WRITTEN.keys()
 

@@ -53,6 +53,7 @@ NON_JOINER, JOINER, SOFT_HYPHEN, NARROW, MARK = "\u200c", "\u200d", "\u00ad", "\
         ("bn", ["বাংলা ভাষা।", "বাংলা ভাষা"], "বাংলা ভাষা"),
         ("bn", [f"হঠাত্{JOINER}", "হঠাৎ"], "হঠাৎ"),
         ("ml", [f"അവന്{JOINER}", "അവൻ"], "അവൻ"),
+        ("mr", [f"दर्{JOINER}या", "दऱ्या"], "दऱ्या"),
         ("ml", [f"എന്{JOINER}റെ", "എൻ്റെ", "എന്റെ", "എൻറെ"], "എന്റെ"),
         ("si", [f"ශ්{JOINER}රී ලංකා", "ශ්රී ලංකා"], "ශ්රී ලංකා"),
         # Languages without spaces: characters are letters with their marks
@@ -106,6 +107,7 @@ def test_spellings_of_one_text(language, spellings, expected):
         ("ta", "கல்", "கால்"),
         ("bn", "দিন", "দীন"),
         ("ml", "അവൻ", "അവന്"),  # he, to him
+        ("mr", f"दर्{JOINER}या", "दर्या"),  # valleys, sea
         ("th", "มา", "ม้า"),  # come, horse
         ("lo", "ມາ", "ໝາ"),
         ("km", "កា", "កី"),

@@ -222,6 +222,18 @@ def test_other_batches_go_on_with_the_next_sample_and_the_epochs_that_were_asked
     assert last["step"] == 2 + 7 and last["train/learning_rate"] == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "sentence"),
+    [(False, True, "the run was not streamed before: a new"), (True, False, "the run was streamed before: from here")],
+)
+def test_a_run_goes_on_streamed_or_no_longer(before, now, sentence, student, labelled, tmp_path, capsys):
+    flags = [*ENGLISH, "--kl_weight", 0]
+    train_few(student, labelled, tmp_path / "out", *flags, "--max_steps", 2, "--streaming", before)
+    folder = train_few(student, labelled, tmp_path / "out", *flags, "--max_steps", 4, "--streaming", now)
+    assert sentence in capsys.readouterr().out
+    assert [line["step"] for line in metrics(folder, "train/loss")] == [1, 2, 3, 4]
+
+
 def test_a_finished_run_is_not_trained_again(student, labelled, seen, tmp_path):
     flags = [*ENGLISH, "--kl_weight", 0]
     folder = train_few(student, labelled, tmp_path / "out", *flags)
