@@ -68,7 +68,7 @@ from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, 
 from distil_whisper.parts import PARTS, ShardInProgress, note_limit
 from distil_whisper.plan import estimate, total
 from distil_whisper.progress import Pace, quiet_libraries, shown
-from distil_whisper.reading import Source
+from distil_whisper.reading import Source, require_no_pattern
 from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
@@ -246,6 +246,7 @@ def check_drafts(args: Arguments) -> None:
 
 def check_names(args: Arguments, sources: list[Source]) -> None:
     """Raise UserError for datasets whose files would have the same names, or would lie in a dataset that is read."""
+    require_no_pattern(args.output_dir)
     for source in sources:
         check_apart(args.output_dir, [other.name for other in sources], below=source.config or "default")
     files: dict[str, str] = {}  # the names of their files, by the split and config that were given first

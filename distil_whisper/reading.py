@@ -374,12 +374,18 @@ def _sliced(dataset: Dataset, split: str) -> Dataset:
     return dataset.select(range(first, last))
 
 
-def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
-    if os.path.isdir(name) and glob.has_magic(os.path.realpath(name)):
+def require_no_pattern(folder: str) -> None:
+    """Raise UserError for a folder whose files `datasets` would not find."""
+    if glob.has_magic(os.path.realpath(folder)):
         raise UserError(
-            f"the path of the folder {name} has one of the characters * ? [ in it, which `datasets` takes for a "
-            "pattern; rename the folder"
+            f"the path of the folder {folder} has one of the characters * ? [ in it, which `datasets` takes for "
+            "patterns; rename the folder"
         )
+
+
+def _builder(name: str, config: str | None, split: str, cache_dir: str | None):
+    if os.path.isdir(name):
+        require_no_pattern(name)
     try:
         builder = load_dataset_builder(name, config, cache_dir=cache_dir)
         if os.path.isdir(name):

@@ -244,6 +244,7 @@ def test_a_limit_needs_its_column_in_pseudo_labels_alone(
         (["--max_label_length", 0], "--max_label_length is 0; it must be 1 or more"),
         (["--max_skipped", -1], "--max_skipped is -1.0; it must be between 0 and 100"),
         (["--audio_column_name", "sound"], "--audio_column_name sound is not a column of"),
+        (["--output_dir", "labels [de]"], "the path of the folder labels [de] has one of the characters * ? [ in it"),
         (["--dataset_split_name", "train+train"], "lists default/train and default/train, whose files would"),
         (["--task", "translat"], "translat"),
         (["--model_name_or_path", "SPEECH"], "cannot be loaded as a Whisper checkpoint"),
