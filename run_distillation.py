@@ -439,9 +439,12 @@ def check_skipped(run: Training, at_least: int = 100) -> None:
 
 
 def check_end(run: Training) -> None:
-    """Raise UserError if the last step or the evaluation after it found losses that are not finite."""
-    run.reports.check_end(run.state.step)
-    for name, value in run.state.evaluations.get(run.state.step, Evaluation({})).values.items():
+    """Raise UserError if the evaluation after the last step found losses that are not finite, or if there is none and
+    the last steps did."""
+    values = run.state.evaluations.get(run.state.step, Evaluation({})).values
+    if not values:
+        run.reports.check_end(run.state.step)
+    for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(
                 f"the last evaluation found {name} {value}, so the student is not saved; look at that data, or train "

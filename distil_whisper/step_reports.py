@@ -78,16 +78,16 @@ class StepReports:
         return stopping
 
     def check_end(self, step: int) -> None:
-        """Raise UserError if the last step of a run was bad: nothing says that its student is well, and no step comes
-        that could."""
-        if self.in_a_row:
+        """Raise UserError if the last steps of a run were bad, more than one: no step comes any more that could say
+        that its student is well. A single one may be due to a row."""
+        if self.in_a_row > 1:
             self._fail(step, "the student is not saved; with more steps training goes on from the last checkpoint")
 
     def _fail(self, step: int, kept: str) -> None:
-        steps = f"step {step}" if self.in_a_row == 1 else f"the last {self.in_a_row} steps up to step {step}"
         raise UserError(
-            f"the losses or gradients of {steps} were not finite, which changed nothing; look at the rows "
-            f"that were named, or give a lower --learning_rate or another --dtype; {kept}"
+            f"the losses or gradients of the last {self.in_a_row} steps up to step {step} were not finite, which "
+            "changed nothing; look at the rows that were named, or give a lower --learning_rate or another --dtype; "
+            f"{kept}"
         )
 
     def _name(self, report: _Report, blamed: list[bool]) -> None:
