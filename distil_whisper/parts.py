@@ -75,9 +75,10 @@ class ShardInProgress:
     def finish(self, progress: dict) -> None:
         """Join the parts into the shard's file, the same one wherever they end; there is none without rows."""
         self.keep(progress)
-        if not self.parts:
-            return
         path = self.folder / self.shard.name
+        if not self.parts:
+            remove(path)  # of a unit that is labelled again, and had rows before
+            return
         if self.parts == 1:  # it is what joining it would give
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # it was moved before the run was killed

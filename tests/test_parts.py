@@ -74,6 +74,12 @@ def test_a_unit_without_rows_has_no_file(folder):
     assert not (folder / SHARD.name).exists()
 
 
+def test_a_unit_that_is_labelled_again_and_left_no_row_has_no_file(folder):
+    write(folder, 0, None)
+    write(folder, 0, None, last=0)
+    assert not (folder / SHARD.name).exists()
+
+
 def test_a_shard_whose_manifest_is_missing_is_joined_again(folder):
     with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
         for row in rows(0, 5):
