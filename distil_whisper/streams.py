@@ -8,10 +8,12 @@ be read from their beginning: a lane reads a share of them, and gives some rows 
 a few numbers, from which a resumed run goes on.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import count, islice
 
 import numpy as np
@@ -150,8 +152,8 @@ class StreamMixture:
         return np.concatenate(parts)
 
     def resumed(self, kept: dict | None, samples: int, say) -> Places:
-        """The places that a checkpoint holds (what `to_keep` gave) after so many samples. With other lanes or blocks
-        than its run had they mean nothing, and a new pass over the data comes next."""
+        """The places that a checkpoint holds (what `to_keep` gave) after so many samples. With other lanes, blocks or
+        files than its run had they mean nothing, and a new pass over the data comes next."""
         if not kept:
             return {}
         if "places" not in kept:
@@ -162,9 +164,12 @@ class StreamMixture:
             for lane, of_lane in kept["places"].items()
         }
         same = (kept["lanes"], kept.get("block_size")) == (self.lanes, self.block_size)
-        if same and samples % self.batch == 0:
+        changed = kept.get("files", self.files) != self.files  # an earlier version did not keep it
+        if same and not changed and samples % self.batch == 0:
             return places
-        if "block_size" in kept:
+        if changed:
+            say("the datasets have other files or numbers of rows than before: a new pass over the data begins")
+        elif "block_size" in kept:
             say("the step or the shuffling buffer has another size than before: a new pass over the data begins")
         else:
             say("an earlier version shuffled streamed rows in another way: a new pass over the data begins")
@@ -175,7 +180,12 @@ class StreamMixture:
     def to_keep(self, places: Places) -> dict:
         """Places of all lanes as JSON can hold them."""
         kept = {lane: {d: asdict(place) for d, place in of_lane.items()} for lane, of_lane in places.items()}
-        return {"lanes": self.lanes, "block_size": self.block_size, "places": kept}
+        return {"lanes": self.lanes, "block_size": self.block_size, "files": self.files, "places": kept}
+
+    @cached_property
+    def files(self) -> int:
+        """A checksum of how many files each dataset has, and of how many rows."""
+        return zlib.crc32(repr([[unit.rows for unit in one.source.units] for one in self.sets]).encode())
 
 
 class Lane:

@@ -131,6 +131,20 @@ def test_with_another_batch_or_buffer_a_new_pass_begins(mixture):
         assert other.resumed(None, 0, said.append) == other.resumed({}, 0, said.append) == {}
 
 
+def test_with_other_files_a_new_pass_begins(mixture):
+    of, _ = mixture(2, names=["first"])
+    _, places = of_lanes(of, 17)
+    kept = of.to_keep(places)
+    for names_now in (["second"], ["first", "second"]):
+        said, (other, _) = [], mixture(2, names=names_now)
+        assert other.lanes == of.lanes
+        begun = other.resumed(kept, 17 * 2, said.append)
+        assert len(said) == 1 and "other files or numbers of rows" in said[0]
+        assert min(place.epoch for of_lane in begun.values() for place in of_lane.values()) > 0
+    del kept["files"]
+    assert of.resumed(kept, 17 * 2, pytest.fail) == places  # of an earlier version
+
+
 class Files:
     """A source of files with so many rows, which are counted or not."""
 
