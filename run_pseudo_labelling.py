@@ -271,7 +271,7 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
         keep_or_refuse(folder, source, {**arguments, **data})
         for shard in shards_of(source):
             was = (read_manifest(folder, shard) or {}).get("contents")
-            if was is not None and was != (now := source.contents(shard.index)):
+            if was is not None and not (now := source.contents(shard.index) or "").startswith(was):
                 raise UserError(
                     f"{folder.path} holds labels of other data: {shard.name} was made of {was}, which now is {now}; "
                     "use the data as it was, another --output_dir, or --overwrite_output_dir"

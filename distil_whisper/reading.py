@@ -14,6 +14,8 @@ from pathlib import Path
 
 import multiprocess
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     Audio,
     Dataset,
@@ -175,23 +177,32 @@ class Source:
         self._starts = list(itertools.accumulate((count or 0 for count in rows), initial=0))
 
     def contents(self, unit_index: int) -> str | None:
-        """What tells whether a unit is the one that it was: its file's name and size, or a digest of its rows without
-        their audio; None where that is not known."""
+        """What tells whether a unit is the one that it was: its file's name and size, or digests of its rows without
+        their audio and of the names of the audio files; None where that is not known. What it was in earlier versions
+        is how it begins."""
         unit = self.units[unit_index]
         if unit.file is not None:
             return unit.file if unit.size is None else f"{unit.file}, {unit.size:,} bytes"
         if not isinstance(self._data, Dataset):
             return None
-        digest = hashlib.blake2b(digest_size=8)
-        names = [name for name in self.column_names if name != self.audio_column]
-        for table in self._tables(unit_index, names, 0):
-            digest.update(repr(table.to_pylist()).encode())
-        return f"rows {digest.hexdigest()}"
+        digest, audio = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=8)
+        for table in self._tables(unit_index, self.column_names, 0):
+            digest.update(repr(table.drop_columns(self.audio_column).to_pylist()).encode())
+            audio.update(repr(self._file_names(table[self.audio_column])).encode())
+        return f"rows {digest.hexdigest()} of files {audio.hexdigest()}"
+
+    def _file_names(self, audio: pa.ChunkedArray) -> list[str | None]:
+        """The paths of the files in a column as far as they are below the source's folder, which may be moved."""
+        if not pa.types.is_struct(audio.type) or audio.type.get_field_index("path") < 0:
+            return []
+        folder = self.location if os.path.isdir(self.location) else os.path.dirname(self.location)
+        paths = pc.struct_field(audio, "path").to_pylist()
+        return [path and os.path.normpath(path).removeprefix(folder + os.sep) for path in paths]
 
     @property
     def location(self) -> str:
         """Where the data is: another one may have the same label."""
-        return os.path.realpath(self.name) if os.path.exists(self.name) else self.name
+        return os.path.abspath(self.name) if os.path.exists(self.name) else self.name
 
     def audio_digest(self) -> str:
         """What tells how the first rows sound, a digest of their audio as it is stored; "" if they cannot be read."""

@@ -224,6 +224,22 @@ def test_what_other_speakers_say_in_files_of_the_same_names_is_other_data(taught
     label(taught, clean, tmp_path / "out", *ENGLISH)
 
 
+def test_other_files_in_a_manifest_of_audio_alone_are_other_data(taught, utterances, tmp_path):
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:4])
+    names = [row["audio"] for row in json.loads(manifest.read_text())]
+    manifest.write_text(json.dumps([{"audio": name} for name in names[:2]]))
+    label(taught, manifest, tmp_path / "out", *ENGLISH)
+    record = next((tmp_path / "out/.distil_whisper").rglob("train-00000-of-00001.json"))
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({**kept, "contents": kept["contents"].partition(" of files")[0]}))  # as it was before
+    label(taught, manifest, tmp_path / "out", *ENGLISH)
+    record.write_text(json.dumps(kept))
+    for others in (names[1::-1], names[2:]):
+        manifest.write_text(json.dumps([{"audio": name} for name in others]))
+        with pytest.raises(UserError, match=r"holds labels of other data: .* was made of rows \w+ of files"):
+            label(taught, manifest, tmp_path / "out", *ENGLISH)
+
+
 def test_labels_of_other_rows_or_of_another_teacher_are_refused(taught, utterances, tmp_path):
     teacher = shutil.copytree(taught, tmp_path / "teacher")
     manifest = write_manifest(tmp_path / "data/train.json", utterances[:3])

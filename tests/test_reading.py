@@ -118,16 +118,32 @@ def test_a_file_may_have_no_rows(tmp_path, spoken, open_source, streaming):
     assert [len(list(source.rows(unit.index))) for unit in source.units] == [unit.rows for unit in source.units]
 
 
-def test_the_contents_of_rows_are_all_but_their_audio(tmp_path, spoken, open_source):
+def test_the_contents_of_rows_are_what_they_say_and_the_names_of_their_audio(
+    tmp_path, spoken, open_source, monkeypatch
+):
     found = []
-    for number, (text, count) in enumerate([("one", 4), ("one", 4), ("two", 4), ("one", 5)]):
+    kinds = [("one", 0, 4), ("one", 0, 4), ("two", 0, 4), ("one", 0, 5), ("one", 1, 4)]
+    for number, (text, first, count) in enumerate(kinds):
         folder = tmp_path / str(number)
-        names = write_clips(folder, spoken)[:count]
+        names = write_clips(folder, spoken)[first : first + count]
         rows = [{"audio": name, "sentence": text} for name in names]
         (folder / "train.json").write_text(json.dumps(rows))
-        source = open_source(str(folder / "train.json"), rows_per_unit=4)
-        found.append([source.contents(unit.index) for unit in source.units])
-    assert found[0] == found[1] != found[2] and found[3][0] == found[0][0] != found[3][1]
+        monkeypatch.chdir(folder)
+        for name in (str(folder / "train.json"), "train.json", f"../{number}/train.json"):
+            source = open_source(name, rows_per_unit=4)
+            found.append([source.contents(unit.index) for unit in source.units])
+    assert found[::3] == found[1::3] == found[2::3]
+    first, same, other_text, longer, other_files = found[::3]
+    assert first == same != other_text and longer[0] == first[0] != longer[1] and other_files != first
+
+
+@pytest.mark.parametrize(
+    ("column", "before"), [("sentence", "rows b5cfaf6c218f73b5"), ("audio", "rows 107444feb6bb236d")]
+)
+def test_the_contents_begin_as_in_earlier_versions(column, before, tmp_path, spoken, open_source):
+    names = write_clips(tmp_path / "set", spoken[:2])
+    (tmp_path / "set/train.json").write_text(json.dumps([{"audio": name, column: name} for name in names]))
+    assert open_source(str(tmp_path / "set/train.json")).contents(0).startswith(f"{before} of files ")
 
 
 @pytest.fixture
