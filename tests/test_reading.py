@@ -137,6 +137,17 @@ def test_the_contents_of_rows_are_what_they_say_and_the_names_of_their_audio(
     assert first == same != other_text and longer[0] == first[0] != longer[1] and other_files != first
 
 
+def test_the_first_rows_sound_the_same_wherever_they_lie(tmp_path, spoken, open_source):
+    def digest(make, folder, rows=spoken):
+        return open_source(str(make(tmp_path / folder, rows))).audio_digest()
+
+    assert digest(make_json, "a") == digest(make_json, "b") != digest(make_json, "c", spoken[1:])
+    assert digest(make_parquet, "a") == digest(make_parquet, "b") != digest(make_parquet, "c", spoken[1:] + spoken[:1])
+    (tmp_path / "d/wavs").mkdir(parents=True)
+    (tmp_path / "d/train.json").write_text('[{"audio": "wavs"}, {"audio": "none.wav"}]')
+    assert open_source(str(tmp_path / "d/train.json")).audio_digest() not in ("", digest(make_json, "e"))
+
+
 @pytest.mark.parametrize(
     ("column", "before"), [("sentence", "rows b5cfaf6c218f73b5"), ("audio", "rows 107444feb6bb236d")]
 )
