@@ -191,8 +191,9 @@ def test_a_damaged_checkpoint_is_passed_over(student, labelled, stop, tmp_path, 
 
 
 def test_the_best_evaluation_is_remembered(student, labelled, stop, monkeypatch, tmp_path):
-    wers = iter([50.0, 20.0, 30.0, 40.0])
-    monkeypatch.setattr(Validator, "__call__", lambda *_: Validation({"eval/wer": next(wers)}))
+    losses = iter([50.0, 20.0, 30.0, 40.0])
+    names = ("eval/loss", "eval/labelled/default/test/loss")
+    monkeypatch.setattr(Validator, "__call__", lambda *_: Validation(dict.fromkeys(names, next(losses))))
     keep = ["--save_steps", 1, "--save_total_limit", 1, "--load_best_model_at_end", *ENGLISH, "--kl_weight", 0]
     flags = ["--do_eval", "--eval_split_name", "test", "--eval_steps", 1, *keep]
     stop(3, kill)
@@ -201,7 +202,7 @@ def test_the_best_evaluation_is_remembered(student, labelled, stop, monkeypatch,
     folder = train_few(student, labelled, tmp_path / "out", *flags)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert same(folder, folder / "checkpoint-2") and not same(folder, folder / "checkpoint-4")
-    assert [line["eval/wer"] for line in metrics(folder, "eval/wer")] == [50, 20, 30, 40]
+    assert [line["eval/loss"] for line in metrics(folder, "eval/loss")] == [50, 20, 30, 40]
 
 
 def test_other_batches_go_on_with_the_next_sample_and_the_epochs_that_were_asked_for(
