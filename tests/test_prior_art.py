@@ -15,7 +15,6 @@ from datasets import Dataset
 from stages import ENGLISH, label, metrics, rows_of, run, train_few, weights, write_manifest
 from transformers.models.whisper.modeling_whisper import WhisperDecoder
 
-import distil_whisper.filtering
 import run_pseudo_labelling
 from distil_whisper.decoding import Decoder
 from distil_whisper.models import load_whisper
@@ -155,7 +154,7 @@ def test_11_error_rates_need_no_network_and_no_loading(student, labelled, monkey
 def test_12_nothing_is_forked(student, labelled, monkeypatch, tmp_path):
     """With processes asked for, conversion and filter spawn them, and `Dataset.map` is not called."""
     data = shutil.copytree(labelled, tmp_path / "never read")
-    monkeypatch.setattr(distil_whisper.filtering, "ROWS_PER_TASK", 13)
+    monkeypatch.setattr("distil_whisper.verdicts.ROWS_PER_TASK", 13)
     monkeypatch.setattr(Dataset, "map", None)
     monkeypatch.setattr("os.fork", None)
     torch.ones(500, 500) @ torch.ones(500, 500)
