@@ -3,11 +3,12 @@
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from distil_whisper.errors import UserError, nearest
-from distil_whisper.multilingual import MultilingualNormaliser
+from distil_whisper.multilingual import MultilingualNormaliser, characters
 from distil_whisper.tokens import SPACELESS_LANGUAGES
 
 # Stored error rates are trusted by these names: changed rules get another one. "basic_keep_marks" was the default
@@ -48,7 +49,8 @@ def normaliser(name: str | None, language: str | None, tokenizer) -> Normaliser:
         raise UserError(f"there is no text normaliser {name!r} {nearest(name, NORMALISERS)}")
     spaceless = is_spaceless(language)
     if name == "english":
-        return Normaliser(name, spaceless, EnglishTextNormalizer(tokenizer.english_spelling_normalizer or {}))
+        english = EnglishTextNormalizer(tokenizer.english_spelling_normalizer or {})
+        return Normaliser(name, spaceless, partial(_by_character, english) if spaceless else english)
     if name == "multilingual":
         return Normaliser(name, spaceless, MultilingualNormaliser(language, split_letters=spaceless))
     basic = BasicTextNormalizer(split_letters=spaceless)
@@ -70,6 +72,10 @@ class Normalisers:
         if language not in self._made:
             self._made[language] = normaliser(self.name, language, self.tokenizer)
         return self._made[language]
+
+
+def _by_character(rewrite: Callable[[str], str], text: str) -> str:
+    return " ".join(characters(rewrite(text)))
 
 
 def is_spaceless(language: str | None) -> bool:

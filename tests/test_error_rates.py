@@ -105,3 +105,11 @@ def test_the_errors_of_utterances_are_together_those_of_the_window(references, h
         found = utterance_errors(texts, " ".join(hypothesis), rules, units)
         whole = utterance_errors([" ".join(texts)], " ".join(hypothesis), rules, units)
         assert sum(pair.errors for pair in found) == whole[0].errors
+
+
+@pytest.mark.parametrize("name", ["english", "basic", "basic_keep_marks", "multilingual"])
+@pytest.mark.parametrize("language", ["zh", "th"])
+def test_every_normaliser_counts_characters_where_words_are_not_parted(name, language, grammar):
+    reference, spoken = {"zh": ("你好世界", "你好世間"), "th": ("กขคง", "กขคจ")}[language]
+    found = score([spoken], [reference], normaliser(name, language, grammar.tokenizer))
+    assert (found["cer"], found["wer"], found["headline"]) == (25, 25, "cer")
