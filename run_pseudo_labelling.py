@@ -36,7 +36,7 @@ from distil_whisper.arguments import (
     split_plus,
 )
 from distil_whisper.decoding import Decoder
-from distil_whisper.engine import Turns, make_accelerator
+from distil_whisper.engine import Turns, make_accelerator, share_folder
 from distil_whisper.errors import UserError, exit_on_user_error
 from distil_whisper.handoff import (
     LIMIT,
@@ -657,7 +657,7 @@ def label(job: Job, sources: list[Source], columns: list[Columns]) -> None:
     labellers = [(source, *make_labeller(job, source, roles)) for source, roles in zip(sources, columns, strict=True)]
     job.trackers = Trackers(job.accelerator, job.folder, args.wandb_project, args.wandb_name, public_arguments(args))
     job.accelerator.wait_for_everyone()
-    job.folder.share()
+    share_folder(job.folder, job.accelerator)
     if job.accelerator.is_main_process:
         write_readme(job.folder, card(job, []))
     if job.repo:

@@ -3,9 +3,11 @@
 import math
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed
@@ -17,13 +19,15 @@ from accelerate import (
     InitProcessGroupKwargs,
     PartialState,
 )
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 
 from distil_whisper.errors import UserError
+from distil_whisper.outputs import RECORDS, OutputFolder, remove, write_text
 from distil_whisper.trackers import project_configuration, resolve_report_to
 
 FIRST_SCALE = 2.0**12  # of float16's gradients; torch's 2**16 loses the first steps, which are skipped until it fits
+SECONDS_TO_APPEAR = 20  # until a file that one machine wrote is given up by another
 Found = TypeVar("Found")
 PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -44,6 +48,35 @@ def make_accelerator(args, *handlers, **options) -> Accelerator:
             "ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
+
+
+def share_folder(folder: OutputFolder, accelerator: Accelerator) -> None:
+    """Let every process of a run hold the lock of its output folder. Each calls it once.
+
+    Raises UserError where one does not see what another writes there: machines that share no file system.
+    """
+    mark, token = folder / f"{RECORDS}/{folder.stage}.seen", uuid.uuid4().hex
+    if accelerator.is_main_process:
+        write_text(mark, token)
+    (token,) = broadcast_object_list([token])
+    everywhere = all(gather_object([_appears(mark, token)]))
+    if accelerator.is_main_process:
+        remove(mark)
+    if not everywhere:
+        raise UserError(
+            f"{folder.flag} {folder.path} is not the same folder for all processes; choose one on a file system that "
+            "all machines share"
+        )
+    folder.share()
+
+
+def _appears(mark: Path, token: str) -> bool:
+    """Whether a file with this text is there within some seconds, which the file system of a network may take."""
+    for _ in range(SECONDS_TO_APPEAR):
+        if mark.exists() and mark.read_text(encoding="utf-8") == token:
+            return True
+        time.sleep(1)
+    return False
 
 
 class Turns:

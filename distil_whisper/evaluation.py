@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from distil_whisper import progress
 from distil_whisper.arguments import MOST_BEAMS, DataFields, RunFields, option, split_plus
 from distil_whisper.batch_log import BatchLog, Timing
+from distil_whisper.engine import share_folder
 from distil_whisper.errors import UserError
 from distil_whisper.mixing import workers
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
@@ -185,7 +186,7 @@ def open_logs(
     folder.claim(str(batches.relative_to(folder.path)))
     logs = [BatchLog(batches / key, accelerator.process_index) for key in keys]
     accelerator.wait_for_everyone()  # all have read what there is before one writes
-    folder.share()
+    share_folder(folder, accelerator)
     return logs
 
 

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
+from distil_whisper import engine
 from distil_whisper.errors import UserError
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, check_apart, public_arguments, write_text
 
@@ -325,3 +327,20 @@ class Arguments:
 )
 def test_credentials_do_not_reach_what_is_saved(given, shown):
     assert public_arguments(Arguments(given)) == {"name": shown, "steps": 3, "layers": None}
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_processes_that_do_not_share_the_folder_are_refused(sees, tmp_path, monkeypatch):
+    """The second process of a run, on a machine of its own or not."""
+    accelerator = SimpleNamespace(is_main_process=False)
+    monkeypatch.setattr(engine, "SECONDS_TO_APPEAR", 1)
+    monkeypatch.setattr(engine, "broadcast_object_list", lambda _: ["token of the first"])
+    monkeypatch.setattr(engine, "gather_object", lambda values: [True, *values])
+    with OutputFolder(tmp_path, STAGE) as first, OutputFolder(tmp_path, STAGE, main=False) as second:
+        if sees:
+            write_text(tmp_path / f".distil_whisper/{STAGE}.seen", "token of the first")
+            first.share()
+            engine.share_folder(second, accelerator)
+        else:
+            with pytest.raises(UserError, match="is not the same folder for all processes; choose one on a file"):
+                engine.share_folder(second, accelerator)
