@@ -22,7 +22,9 @@ PROTOCOLS = {"protocol_whitelist": "file,pipe"}
 _WAV_TAGS = (b"\x64\0", b"\x65\0", b"\x8f\2", b"\xff\0", b"\x60\1", b"\x61\1")  # G.726, G.722 (two), AAC, WMA (two)
 _SLACK_S = 0.2  # seconds that may be missing: AAC pads its ends
 _ROUNDED_S = 0.01  # to which the program rounds a length
-_SAYING_LENGTHS = ("mov", "matroska", "asf")  # the length of others is a guess of FFmpeg's from their bit rate
+# What states a length: each stream of MP4; of WebM and WMA the file, as long as its longest stream. The length of
+# other kinds is a guess of FFmpeg's from their bit rate.
+_STREAMS_STATE, _FILE_STATES = "mov", ("matroska", "asf")
 _QUIETLY = ["-nostdin", "-hide_banner", "-nostats", "-v", "level+info", "-xerror"]
 _TO_WAV = ["-map", "0:a:0", "-f", "wav", "-c:a", "pcm_f32le", "pipe:1"]
 _BLOCK = 1 << 20  # samples
@@ -67,7 +69,7 @@ def _has_pyav() -> bool:
 
 
 def _by_pyav(source: io.BytesIO | str, form: str | None) -> tuple[list[np.ndarray], int, float | None]:
-    """Blocks of mono samples, their rate, and the seconds that the file says it has, None if it does not."""
+    """Blocks of mono samples, their rate, and the seconds that the file says its audio has, None if it does not."""
     import av
 
     try:
@@ -78,23 +80,34 @@ def _by_pyav(source: io.BytesIO | str, form: str | None) -> tuple[list[np.ndarra
             if not container.streams.audio:
                 raise AudioError("unreadable: no audio in it")
             stream = container.streams.audio[0]
-            blocks, rate = _mono_blocks(container, stream)
-            says = container.format.name.startswith(_SAYING_LENGTHS)
-            claimed = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            blocks, rate, left_out = _mono_blocks(container, stream)
+            claimed = _claimed_length(container, stream, left_out)
     except (av.error.FFmpegError, ValueError) as error:  # a rate or layout that changes is a ValueError
         raise AudioError(f"unreadable: {getattr(error, 'strerror', None) or error}") from error
-    return blocks, rate, claimed if says and claimed else None
+    return blocks, rate, claimed
 
 
-def _mono_blocks(container, stream) -> tuple[list[np.ndarray], int]:
+def _claimed_length(container, stream, left_out: float) -> float | None:
+    """The seconds that the audio stream of a file has by its header, None where that does not tell."""
+    kind, alone = container.format.name, len(container.streams) == 1
+    if not kind.startswith(_STREAMS_STATE) and not (alone and kind.startswith(_FILE_STATES)):
+        return None
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    return container.duration / 1e6 - left_out if alone and container.duration else None
+
+
+def _mono_blocks(container, stream) -> tuple[list[np.ndarray], int, float]:
+    """Blocks of samples, their rate, and the seconds that the stream leaves out between them, such as silence."""
     import av
 
     as_floats = av.AudioResampler(format="fltp")
-    blocks, rate = [], 0
+    blocks, rate, end = [], 0, 0.0
     for frame in container.decode(stream):
         blocks += [part.to_ndarray().mean(axis=0) for part in as_floats.resample(frame)]
         rate = frame.sample_rate
-    return blocks, rate
+        end = frame.time + frame.samples / rate if frame.time is not None else end
+    return blocks, rate, max(end - sum(map(len, blocks)) / (rate or 1), 0.0)
 
 
 def _by_program(source: io.BytesIO | str, form: str | None) -> tuple[list[np.ndarray], int, float | None]:
@@ -121,8 +134,12 @@ def _by_program(source: io.BytesIO | str, form: str | None) -> tuple[list[np.nda
 
 
 def _said_length(said: str) -> float | None:
-    """The seconds that a file says it has, in the words of the program."""
-    found = re.search(r"Input #0, (\w+).*?Duration: (\d+):(\d+):([\d.]+)", said, re.DOTALL)
-    if found is None or not found[1].startswith(_SAYING_LENGTHS):
+    """The seconds that a file of one stream says it has, in the words of the program.
+
+    Of several streams it tells no lengths, and of WebM not what is left out between its samples.
+    """
+    header = said.partition("Stream mapping:")[0]
+    found = re.search(r"Input #0, (mov|asf).*?Duration: (\d+):(\d+):([\d.]+)", header, re.DOTALL)
+    if found is None or header.count("  Stream #0:") > 1:
         return None
     return 3600 * int(found[2]) + 60 * int(found[3]) + float(found[4])

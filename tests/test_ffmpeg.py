@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import socket
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -24,22 +25,43 @@ KINDS = {  # container, codec, name of the file
 CUT = ["m4a", "WebM", "WMA", "G.722 in WAV"]  # the others do not tell how long they are
 
 
+FILMS = {"MP4": ("mp4", "aac", "mpeg4"), "WebM": ("webm", "libopus", "libvpx"), "WMV": ("asf", "wmav2", "wmv2")}
+
+
 def made(kind: str, samples: np.ndarray) -> bytes:
     """Mono samples at 16 kHz as a file of a kind."""
+    return muxed(*KINDS[kind][:2], samples)
+
+
+def muxed(
+    form: str, codec: str, samples: np.ndarray, pictures: tuple[str, int] | None = None, pause: tuple = ()
+) -> bytes:
+    """Mono samples at 16 kHz in a container; pictures: their codec and how many seconds of them there are; pause: the
+    seconds between which packets of sound are left out."""
     av = pytest.importorskip("av", reason="PyAV, which makes files of these kinds, is not installed")
-    form, codec, _ = KINDS[kind]
     file = io.BytesIO()
     with av.open(file, "w", format=form) as container:
         stream = container.add_stream(codec, rate=48_000 if codec == "libopus" else RATE, layout="mono")
+        if pictures:
+            film = container.add_stream(pictures[0], rate=10)
+            film.width = film.height = 64
+            film.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.bit_rate = 64_000
         context.open()
         fit = av.AudioResampler(context.format, "mono", context.sample_rate, frame_size=context.frame_size or None)
         frame = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
-        frame.sample_rate = RATE
+        frame.sample_rate, frame.time_base, frame.pts = RATE, Fraction(1, RATE), 0
         for part in [*fit.resample(frame), *fit.resample(None)]:
-            container.mux(stream.encode(part))
+            packets = stream.encode(part)
+            if not pause or not pause[0] <= part.time < pause[1]:
+                container.mux(packets)
         container.mux(stream.encode(None))
+        if pictures:
+            for _ in range(10 * pictures[1]):
+                picture = av.VideoFrame.from_ndarray(np.zeros((96, 64), np.uint8), format="yuv420p")
+                container.mux(film.encode(picture))
+            container.mux(film.encode(None))
     return file.getvalue()
 
 
@@ -81,6 +103,22 @@ def test_those_that_are_cut_short_are_refused(kind, way, tone):
     audio = made(kind, tone)
     with pytest.raises(AudioError, match=r"^(cut short|unreadable|cut short or damaged): "):
         decode({"bytes": audio[: len(audio) * 2 // 3], "path": KINDS[kind][2]}, RATE)
+
+
+@pytest.mark.parametrize("kind", FILMS)
+@pytest.mark.parametrize("seconds", [2, 5])
+def test_pictures_may_last_longer_than_the_sound_or_end_before(kind, seconds, way, tone):
+    form, codec, of_pictures = FILMS[kind]
+    film = muxed(form, codec, tone, (of_pictures, seconds))
+    assert abs(len(decode({"bytes": film, "path": "film"}, RATE)) - len(tone)) < 0.13 * RATE
+
+
+def test_what_a_webm_leaves_out_is_not_missing(way, tone):
+    """As Opus does with silence."""
+    audio = muxed("webm", "libopus", tone, pause=(1, 2))
+    assert len(decode({"bytes": audio, "path": "a.webm"}, RATE)) == pytest.approx(2 * RATE, abs=0.13 * RATE)
+    with pytest.raises(AudioError, match=r"^(cut short|unreadable|cut short or damaged): "):
+        decode({"bytes": audio[: len(audio) * 2 // 3], "path": "a.webm"}, RATE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
