@@ -1,8 +1,8 @@
 """Whether a file of audio is whole, as far as its container tells.
 
 libsndfile reads what there is of a file that was cut short or damaged, and reports no error. What no container tells
-is not found: payload that was changed inside of a frame or among the samples of a WAV, an MP3 without a length or an
-Ogg file that was cut between two frames or pages, a WAV whose writer did not know its length, any IRCAM or PAF.
+is not found: payload that was changed inside of a frame or among the samples of a WAV, a missing end of an MP3 without
+a length, or of an Ogg file cut between two pages, a WAV whose writer did not know its length, any IRCAM or PAF.
 """
 
 import io
@@ -37,6 +37,7 @@ _MP3_KBITS = {  # by version (1, or 2 for MPEG 2 and 2.5) and layer
 }
 _MP3_SAME = 0xFFFE0C00  # sync, version, layer and sampling rate: alike in all frames of a file
 _LYRICS3 = re.compile(rb"LYRICSBEGIN.*?LYRICS(END|200)", re.DOTALL)
+_END_TAG, _LONGEST_NAME = re.compile(rb"TAG|APETAGEX|LYRICSBEGIN"), 11  # bytes
 _SEVERAL = "several recordings one after the other, of which only the first would be read"
 
 
@@ -197,28 +198,35 @@ def _sized_mp3(data: bytes) -> tuple[bytes | None, int | None]:
 
 
 def _mp3_frames(data: bytes, place: int) -> Counter:
-    """How many frames of each bit rate follow from a frame on to the end. Raises AudioError for what is none."""
-    begin, found = place, Counter()
+    """How many frames of each bit rate follow from a frame on to the end, the last one complete or not.
+
+    Raises AudioError for what is none, except for padding after the last.
+    """
+    begin, last, found = place, place, Counter()
     while place < len(data):
         frame = _mp3_frame(data, place) if _same_mp3(data, begin, place) else None
         if frame:
             found[data[place + 2] >> 4] += 1
-            place += frame
+            last, place = place, place + frame
         elif (after := _after_tags(data, place)) > place:
             place = after
-        elif _is_rest(data, begin, place):
+        elif _is_rest(data, begin, last, place):
             break
         else:
             raise AudioError(f"damaged: no MP3 frame at byte {place:,} of {len(data):,}")
-    if place > len(data):
-        raise AudioError("cut short: its last MP3 frame is not complete")
     return found
 
 
-def _is_rest(data: bytes, first: int, place: int) -> bool:
-    """Whether no frame is missing where no frame begins: a few bytes are left (a line's end, zeros), without one."""
-    rest = range(place, len(data))
-    return len(rest) <= _SLACK_BYTES and not any(_mp3_frame(data, at) and _same_mp3(data, first, at) for at in rest)
+def _is_rest(data: bytes, first: int, last: int, place: int) -> bool:
+    """Whether no frame follows where none begins: what is left is tags, padding of any length (one byte, repeated)
+    and a few others, such as a line's end. A tag may begin within the last frame, if that is not complete."""
+    tag = _END_TAG.search(data, last, place + _LONGEST_NAME)
+    rest = data[_after_tags(data, tag.start()) if tag else place :]
+    padding = max(Counter(rest).values(), default=0)
+    if len(rest) - padding > _SLACK_BYTES:
+        return False
+    syncs = (len(data) - len(rest) + at.start() for at in re.finditer(rb"\xff", rest))
+    return not any(_mp3_frame(data, at) and _same_mp3(data, first, at) for at in syncs)
 
 
 def _xing_frame(head: bytes, frames: int) -> bytes:
