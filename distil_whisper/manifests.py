@@ -168,10 +168,14 @@ def _csv_rows(text: str, path: Path, exact: Collection[str]) -> list[dict]:
         names, rows = reader.fieldnames or (), list(reader)
     except csv.Error as error:
         raise UserError(f"{path} is not valid CSV at line {reader.reader.line_num}: {error}") from error
-    for name, count in Counter(names).items():
+    # One column without a name, such as the index that pandas writes, is kept like any other.
+    unnamed = [name for name in names if not name.strip()] if Counter(map(str.strip, names))[""] > 1 else []
+    for name, count in Counter(name for name in names if name not in unnamed).items():
         if count > 1:
             raise UserError(f"{path} has {count} columns called {name}; give each a name of its own")
     for index, row in enumerate(rows):
+        for name in unnamed:
+            row.pop(name, None)
         if None in row or None in row.values():
             raise UserError(f"row {index} of {path} has not as many cells as the first line has names")
     for name in rows[0] if rows else []:

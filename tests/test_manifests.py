@@ -50,6 +50,16 @@ def test_numbers_of_a_table_can_be_told_apart_as_they_are_written(tmp_path, stre
         source.as_text("n")
 
 
+def test_columns_without_a_name_are_passed_over(tmp_path):
+    """As a spreadsheet writes them; a single one, such as the index of pandas, is a column."""
+    (tmp_path / "m.csv").write_text("audio,,text, ,\na.wav,,one,,\nb.wav,x,two,,3\n")
+    source = open_source(str(tmp_path / "m.csv"))
+    assert source.column_names == ["audio", "text"]
+    assert [row["text"] for row in source.rows(0)] == ["one", "two"]
+    (tmp_path / "m.csv").write_text(",audio,text\n0,a.wav,one\n")
+    assert [row[""] for row in open_source(str(tmp_path / "m.csv")).rows(0)] == [0]
+
+
 def test_a_row_whose_audio_is_missing_is_left_to_the_decoder(tmp_path):
     (tmp_path / "m.jsonl").write_text('{"audio": "gone.wav"}\n\n{"audio": null}\n')
     gone, none = open_source(str(tmp_path / "m.jsonl")).rows(0)
