@@ -341,8 +341,8 @@ def columns_for(args: Arguments, sources: list[Source]) -> list[Columns]:
     for source, of_source in zip(sources, columns, strict=True):
         if args.draft_from_text and of_source.text is None:
             raise UserError(
-                f"--draft_from_text needs transcripts, and {source.label} has no column text; name their column with "
-                "--text_column_name, or leave the flag out"
+                f"--draft_from_text needs transcripts, and {source.label} has none in a column text; name their "
+                "column with --text_column_name, or leave the flag out"
             )
     return columns
 

@@ -216,7 +216,7 @@ class Source:
         return digest.hexdigest()
 
     def as_text(self, column: str) -> None:
-        """Take a column of whole numbers (a CSV of spoken digits) as text.
+        """Take a column of whole numbers (a CSV of spoken digits), or of nothing but nulls, as text.
 
         Raises UserError for one that is no text: of a number such as 1.50 nobody knows any more how it was written.
         """
@@ -224,7 +224,7 @@ class Source:
         kind = str(getattr(feature, "dtype", feature))
         if kind in ("string", "large_string"):
             return
-        if not kind.startswith(("int", "uint")):
+        if not kind.startswith(("int", "uint", "null")):
             raise UserError(
                 f"column {column} of {self.label} holds no text, but {kind}; store the transcripts as strings, or "
                 "name their column with --text_column_name"

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from itertools import chain
 
+from datasets import Value
+
 from distil_whisper.arguments import split_plus
 from distil_whisper.errors import UserError
 from distil_whisper.reading import Source, open_source, require_columns
@@ -92,7 +94,8 @@ def first_row(source: Source, *columns: str) -> dict:
 
 
 def columns_of(args, prefix: str, sources: list[Source], flag: str) -> list[str | None]:
-    """One column for each source, from a + list; where none is named for transcripts, text, if there is such a column.
+    """One column for each source, from a + list; where none is named for transcripts, text, if there is such a column
+    and it is not null in all rows.
 
     Raises UserError for a column that a source lacks, and for transcripts that are no text.
     """
@@ -100,7 +103,8 @@ def columns_of(args, prefix: str, sources: list[Source], flag: str) -> list[str 
     for number, source in enumerate(sources):
         require_columns(source, **{flag: columns[number]})
         if flag.endswith("text_column_name"):
-            columns[number] = columns[number] or ("text" if "text" in source.column_names else None)
+            has_text = source.features.get("text", Value("null")) != Value("null")
+            columns[number] = columns[number] or ("text" if has_text else None)
             if columns[number] is not None:
                 source.as_text(columns[number])
     return columns

@@ -125,10 +125,14 @@ def label_columns(args, student: LoadedWhisper, sources: list[Source]) -> list[L
             require_kinds(source.features, TRAINED_ON, source.label)
         if text is None and not pseudo:
             require_columns(source, text_column_name="text")
+            raise UserError(
+                f"column text of {source.label} holds nothing but nulls; name the one with the transcripts with "
+                "--text_column_name"
+            )
         if text is None and args.wer_threshold is not None:
             raise UserError(
-                f"--wer_threshold compares pseudo-labels with transcripts, and {source.label} has no column text; "
-                "name theirs with --text_column_name"
+                f"--wer_threshold compares pseudo-labels with transcripts, and {source.label} has none in a column "
+                "text; name theirs with --text_column_name"
             )
         columns = replace(language_columns(args, student, source), text=text, pseudo=pseudo)
         require_language(student, source, columns)

@@ -240,5 +240,5 @@ def test_drafts_need_transcripts(toy_teacher, utterances, tmp_path):
     (file,) = (tmp_path / "speech" / "data").iterdir()
     dataset = load_dataset("parquet", data_files=str(file), split="train").rename_column("text", "said")
     dataset.to_parquet(str(file))
-    with pytest.raises(UserError, match=r"--draft_from_text needs transcripts, and .* has no column text"):
+    with pytest.raises(UserError, match=r"--draft_from_text needs transcripts, and .* has none in a column text"):
         label(toy_teacher, tmp_path / "speech", tmp_path / "out", *ENGLISH, "--draft_from_text")

@@ -544,3 +544,26 @@ def test_samples_in_one_parquet_file_go_through_the_stages(taught, student, utte
     run("run_short_form_eval", *names, "--dataset_name", tmp_path / "speech.parquet", "--output_dir", tmp_path / "out")
     lines = (tmp_path / "out/short_form_predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["reference"] for line in lines] == [u.text for u in kept]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_text_of_nulls_is_no_transcripts(taught, utterances, tmp_path, streaming):
+    """In Parquet it has a type of its own, in a manifest it is text; one that the user names is text without words."""
+    kept = utterances[:2]
+    audio = [{"bytes": u.encoded(), "path": None} for u in kept]
+    pq.write_table(pa.table({"audio": audio, "text": pa.nulls(2)}), tmp_path / "speech.parquet")
+    names = write_clips(tmp_path / "clips", kept)
+    (tmp_path / "clips/train.json").write_text(json.dumps([{"audio": name, "text": None} for name in names]))
+    for number, (data, *named) in enumerate(
+        [("speech.parquet",), ("speech.parquet", "--text_column_name", "text"), ("clips/train.json",)]
+    ):
+        flags = [*ENGLISH, "--streaming", streaming, *named]
+        rows = rows_of(label(taught, tmp_path / data, tmp_path / f"labels{number}", *flags))
+        assert [(row["text"], row["wer"]) for row in rows] == [(None, None)] * 2
+
+
+def test_training_on_transcripts_that_are_all_null_is_refused(student, utterances, tmp_path):
+    audio = [{"bytes": u.encoded(), "path": None} for u in utterances[:2]]
+    pq.write_table(pa.table({"audio": audio, "text": pa.nulls(2)}), tmp_path / "speech.parquet")
+    with pytest.raises(UserError, match=r"column text of .* holds nothing but nulls; name the one with the transc"):
+        train_few(student, tmp_path / "speech.parquet", tmp_path / "model", *ENGLISH, "--kl_weight", 0)
