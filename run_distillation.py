@@ -403,11 +403,14 @@ def train(run: Training, max_steps: int) -> None:
                 for every in (args.logging_steps, args.eval_steps, args.save_steps)
             )
             stopping = run.reports.read(everything=logs or evaluates or saves)
+            if stopping:
+                run.reports.read(everything=True)  # a checkpoint counts the bad ones
             if logs:
                 log(run)
             if run.validator is not None and evaluates:
                 evaluate(run)
-            if saves or stopping or state.step in state.best_steps()[: args.save_best_total_limit]:
+                saves |= found_by_main_process(lambda: state.step in state.best_steps()[: args.save_best_total_limit])
+            if saves or stopping:
                 save_checkpoint(run)
             run.checkpoints.raise_failure()
             if stopping and not last:
@@ -428,10 +431,13 @@ def log(run: Training) -> None:
     check_skipped(run)
 
 
-def check_skipped(run: Training, at_least: int = 100) -> None:
-    """Raise UserError if too many rows cannot be used. A few rows say little: they are judged at the end."""
+def check_skipped(run: Training, at_end: bool = False) -> None:
+    """Raise UserError if too many rows cannot be used. Of a part of them it must be more than chance could make: three
+    standard deviations."""
     rows, skipped, most = run.meter.rows, run.meter.skipped, run.args.max_skipped
-    if rows >= at_least and 100 * skipped > most * rows:
+    allowed = most / 100 * rows
+    sure = at_end or (rows >= 100 and skipped > allowed + 3 * math.sqrt(allowed))
+    if sure and skipped > allowed:
         raise UserError(
             f"{skipped} of {rows} rows cannot be used, more than --max_skipped {most:g} percent; the lines that begin "
             "with 'skipped' say why: allow more to go on from the last checkpoint, or mend them"
@@ -439,17 +445,17 @@ def check_skipped(run: Training, at_least: int = 100) -> None:
 
 
 def check_end(run: Training) -> None:
-    """Raise UserError if the evaluation after the last step found losses that are not finite, or if there is none and
-    the last steps did."""
+    """Raise UserError if the evaluation after the last step found no finite cross-entropy, or if there is none and
+    the last steps were bad."""
     values = run.state.evaluations.get(run.state.step, Evaluation({})).values
     if not values:
         run.reports.check_end(run.state.step)
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"the last evaluation found {name} {value}, so the student is not saved; look at that data, or train "
-                "with a lower --learning_rate or another --dtype"
-            )
+    entropies = {name: value for name, value in values.items() if name.endswith("/ce")}
+    if entropies and not any(map(math.isfinite, entropies.values())):  # one set may have a row that overflows
+        raise UserError(
+            f"the last evaluation found {next(iter(entropies))} {next(iter(entropies.values()))}, so the student is "
+            "not saved; look at that data, or train with a lower --learning_rate or another --dtype"
+        )
 
 
 def check_evaluated(run: Training) -> None:
@@ -705,7 +711,7 @@ def train_and_save(run: Training, folder: OutputFolder, repo: str | None) -> Non
         train(run, max_steps)
     finally:
         run.checkpoints.finish()
-    check_skipped(run, at_least=0)
+    check_skipped(run, at_end=True)
     export(run, folder, repo)
     check_evaluated(run)
 

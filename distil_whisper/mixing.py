@@ -34,7 +34,8 @@ class TrainingSet:
 
     def row_id(self, row: dict, unit: int, number: int) -> str:
         """The identity that the labelling stage gave the row, else the one that its place gives it."""
-        return row.get("row_id") or self.source.row_id(unit, number)
+        own = row.get("row_id")
+        return self.source.row_id(unit, number) if own in (None, "") else str(own)
 
     def row_ids(self, positions: np.ndarray) -> list[str]:
         """The identities of kept rows, read together."""

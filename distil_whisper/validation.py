@@ -173,12 +173,14 @@ class Validator:
             sums += torch.stack([*found, torch.tensor(float(len(references)))])
             problems += batch.problems
             if self.decoder is not None:
-                spoken += self._transcribe(batch.waveforms, references)
+                spoken += self._transcribe(batch.waveforms, references, problems)
         self._record(held_out, sums, gather_object(problems), gather_object(spoken), weights, result)
 
-    def _transcribe(self, waveforms: torch.Tensor, references: list[Reference]) -> list[tuple[str, str, str, str]]:
-        """(row id, reference, prediction, language of both) of each row of a batch; a call of the decoder has one
-        language and task."""
+    def _transcribe(
+        self, waveforms: torch.Tensor, references: list[Reference], problems: list[tuple[str, str]]
+    ) -> list[tuple[str, str, str, str]]:
+        """(row id, reference, prediction, language of both) of each row of a batch, but for those that go to the
+        problems; a call of the decoder has one language and task."""
         kinds = [(reference.language, reference.task) for reference in references]
         spoken = []
         for kind in dict.fromkeys(kinds):
@@ -186,6 +188,9 @@ class Validator:
             with self.accelerator.autocast():
                 decoded = self.decoder(waveforms[chosen], *kind)
             for index, row in zip(chosen, decoded, strict=True):
+                if row.problem is not None:
+                    problems.append((references[index].row_id, row.problem))
+                    continue
                 text = plain_text(self.decoder.grammar.decode(row.ids))
                 language = "en" if kind[1] == "translate" else kind[0]
                 spoken.append((references[index].row_id, references[index].text, text, language))

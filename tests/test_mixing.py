@@ -13,7 +13,7 @@ from mixtures import SEED, identity
 
 from distil_whisper import mixing
 from distil_whisper.examples import Labeller
-from distil_whisper.mixing import EpochOrder, LabelLengths, MapBatches, MapExamples, Share, map_loader
+from distil_whisper.mixing import EpochOrder, LabelLengths, MapBatches, MapExamples, Share, TrainingSet, map_loader
 from distil_whisper.training_sets import Mixture
 
 SIZE = 2
@@ -262,3 +262,9 @@ def test_a_row_that_is_in_two_datasets_is_drawn_for_each(make_sets):
     ]
     assert [[row_id for row_id, *_ in copy] for copy in copies] == [[row_id for row_id, *_ in copies[0]]] * 4
     assert len({tuple(sequence for _, sequence, _ in copy) for copy in copies}) == 4
+
+
+def test_the_identity_of_a_row_is_a_text_whatever_its_column_holds():
+    training_set = TrainingSet(SimpleNamespace(row_id=lambda unit, number: f"{unit}-{number}"), None, None)
+    found = [training_set.row_id({"row_id": own}, 0, 5) for own in (0, 7, "a", "", None)]
+    assert found == ["0", "7", "a", "0-5", "0-5"]

@@ -67,7 +67,7 @@ def test_too_many_bad_rows_end_a_run_and_a_higher_limit_goes_on(student, partly_
     assert not seen.rows and (tmp_path / "model.safetensors").exists()
     with pytest.raises(UserError, match=r"rows cannot be used"):  # counted on from the checkpoint, and judged early
         train_few(student, partly_bad, tmp_path, *flags, "--max_steps", 1000)
-    assert 70 < len(seen.rows) < 90
+    assert 300 < len(seen.rows) < 400  # from where 8% are more than three standard deviations above 5%
 
 
 @pytest.mark.parametrize("kind", ["labels", "prompts", "fingerprints"])

@@ -98,7 +98,7 @@ def test_a_finite_evaluation_after_bad_steps_says_that_the_student_is_well(stude
 def test_a_student_whose_last_evaluation_is_not_finite_is_not_saved(student, labelled, tmp_path, poison):
     poison(lambda number: number >= 4)  # what comes after the rows of two steps
     evaluate = ["--do_eval", "--eval_split_name", "test", "--eval_steps", 2]
-    with pytest.raises(UserError, match=r"the last evaluation found eval/.*loss nan, so the student is not saved"):
+    with pytest.raises(UserError, match=r"the last evaluation found eval/.*ce nan, so the student is not saved"):
         train_few(student, labelled, tmp_path, *FEW, "--max_steps", 2, *evaluate)
     assert not (tmp_path / "config.json").exists()
 

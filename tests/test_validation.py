@@ -18,7 +18,7 @@ class Echo:
     grammar = SimpleNamespace(decode=lambda ids: "你好世間")
 
     def __call__(self, waveforms, language, task):
-        return [SimpleNamespace(ids=[]) for _ in waveforms]
+        return [SimpleNamespace(ids=[], problem=None) for _ in waveforms]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_rows_of_several_languages_under_one_normaliser_are_told(rows, noted, mo
     held_out = ValidationSet("dev", None, None, normaliser(None, "zh", None))
     validator = Validator([held_out], ALONE, None, None, 2, 0, Echo())
     monkeypatch.setattr(ALONE, "autocast", torch.no_grad, raising=False)
-    spoken = validator._transcribe(torch.zeros(2, 1), references)
+    spoken = validator._transcribe(torch.zeros(2, 1), references, [])
     result = Validation()
     validator._record(held_out, torch.ones(4), [], spoken, LossWeights(), result)
     assert result.values["eval/dev/cer"] == 25.0
