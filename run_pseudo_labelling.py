@@ -65,10 +65,12 @@ from distil_whisper.labelling import (
 from distil_whisper.models import LoadedWhisper, load_whisper, weights_digest
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.outputs import OutputFolder, check_apart, public_arguments, remove, write_text
+from distil_whisper.packing import WindowAudio
 from distil_whisper.parts import PARTS, ShardInProgress, note_limit
 from distil_whisper.plan import estimate, total
 from distil_whisper.progress import Pace, quiet_libraries, shown
-from distil_whisper.reading import Source, require_no_pattern
+from distil_whisper.reading import Source, is_same_contents, require_no_pattern
+from distil_whisper.resuming import OtherWindows
 from distil_whisper.signals import StopRequest
 from distil_whisper.sources import columns_of, open_sources
 from distil_whisper.summary import summarise
@@ -271,7 +273,7 @@ def check_arguments(args: Arguments, folder: OutputFolder, sources: list[Source]
         keep_or_refuse(folder, source, {**arguments, **data})
         for shard in shards_of(source):
             was = (read_manifest(folder, shard) or {}).get("contents")
-            if was is not None and not (now := source.contents(shard.index) or "").startswith(was):
+            if was is not None and not is_same_contents(was, now := source.contents(shard.index)):
                 raise UserError(
                     f"{folder.path} holds labels of other data: {shard.name} was made of {was}, which now is {now}; "
                     "use the data as it was, another --output_dir, or --overwrite_output_dir"
@@ -407,7 +409,7 @@ def label_missing(job: Job, labellers: list[tuple[Source, UnitLabeller, Features
                 source, labeller, features, shard = missing[number]
                 contents, most = source.contents(shard.index), job.args.max_label_length
                 file = files.enter_context(ShardInProgress(job.folder, shard, features, contents, most))
-                tally = Tally(**file.progress, earlier=file.earlier)
+                tally = Tally(**file.progress, kept=file.kept_rows(), earlier=file.earlier)
                 if tally.rows:
                     tqdm.write(f"{shard.name}: going on behind {tally.rows:,} windows")
                 yield ShardAtWork(labeller, source, shard.index, tally, file=file)
@@ -427,6 +429,16 @@ class ShardAtWork(UnitAtWork):
     counted: int = 0
     counted_seconds: float = 0.0
     finished: bool = False
+
+    def runs(self) -> Iterator[list[WindowAudio]]:
+        """What is to be decoded of it: all, where the windows that were kept are others now."""
+        try:
+            yield from super().runs()
+        except OtherWindows:
+            tqdm.write(f"{self.file.shard.name}: its rows give other windows than before, and it is labelled anew")
+            self.file.restart()
+            self.tally = Tally(earlier=self.file.earlier)
+            yield from super().runs()
 
 
 def write(job: Job, pace: Pace, unit: ShardAtWork, rows: list[dict] | None) -> None:
@@ -477,7 +489,7 @@ def finish(job: Job, pace: Pace, unit: ShardAtWork) -> None:
     count(pace, unit, None)
     if unit.problem is not None:
         tqdm.write(f"{shard.name} is left out: {unit.problem}")
-        unit.file.drop()
+        unit.file.keep(tally.progress())  # the error may pass
         return
     unit.file.finish(tally.progress())
     facts = {"rows": tally.rows, "seconds": tally.seconds, "read": tally.read, "skipped": tally.skipped}
@@ -693,12 +705,12 @@ def main(argv: list[str] | None = None) -> None:
         label(job, sources, columns)
         if accelerator.is_main_process:
             report(job, sources, columns)
-            folder.remove(PARTS)
             if repo:
                 names = ["README.md", *(shard.name for shard in shards)]
                 url = hub.push_folder(folder.path, repo, names, repo_type="dataset", message="Pseudo-labels")
                 print(f"pushed to {url}")
             check_unread(folder, shards, job.args.max_label_length)
+            folder.remove(PARTS)  # of unread shards they stay
         job.turns.wait_at("reported")
         job.trackers.finish()
 

@@ -1,6 +1,6 @@
 """Rows that were labelled with a smaller --max_label_length: whole labels stay, truncated ones are made again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 from distil_whisper.packing import WindowAudio
 
 _ROWS_AT_ONCE = 20  # with their audio
-_SAME_S = 1e-3  # durations that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,9 @@ class EarlierRows:
     paths: tuple[Path, ...] = ()
     previous: dict[str, list | None] = field(default_factory=dict)
 
-    def beside(self, windows: Iterable[WindowAudio], sampling_rate: int) -> Iterator[WindowAudio]:
+    def beside(
+        self, windows: Iterable[WindowAudio], is_row_of: Callable[[dict, WindowAudio], bool]
+    ) -> Iterator[WindowAudio]:
         """The windows, each with the row that was labelled of it, if there is one."""
         files = [pq.ParquetFile(path) for path in self.paths]
         ids = chain.from_iterable(file.read(["row_id"])["row_id"].to_pylist() for file in files)
@@ -35,5 +36,7 @@ class EarlierRows:
             wanted = numbers.get(window.row_id)
             while wanted is not None and number < wanted:
                 number, row = next(rows)
-            same = number == wanted and abs(row["duration"] - len(window.samples) / sampling_rate) < _SAME_S
-            yield replace(window, earlier=row) if same else window
+            if number == wanted and is_row_of(row, window):
+                yield replace(window, earlier=row)
+            else:
+                yield replace(window, in_between=wanted is not None or number < len(numbers) - 1)

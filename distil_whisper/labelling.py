@@ -25,10 +25,12 @@ from distil_whisper.normalisation import Normaliser, is_spaceless
 from distil_whisper.packing import Utterance, WindowAudio
 from distil_whisper.prefetch import prefetch
 from distil_whisper.reading import Source
+from distil_whisper.resuming import pass_over
 from distil_whisper.tokens import compression_ratio, plain_text
 
 RUN_BATCHES = 8  # the windows of so many batches are sorted by what they cost, and then put back in order
 RUN_WINDOWS = 512  # but not of more: up to three runs are in memory
+SAME_S = 1e-3  # durations that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ class LabellingSettings:
 class Tally:
     """What became of a unit's rows: windows labelled and their seconds; rows read, and those skipped; of the last
     window of each recording what the teacher was told and its tokens, null where it was truncated. left_out: windows
-    that the teacher could not label, whose rows were skipped. earlier: rows that were labelled before, of which the
-    whole ones stay; decoded_seconds: of the windows that did not."""
+    that the teacher could not label, whose rows were skipped. kept: the labelled rows, where an earlier run labelled
+    them. earlier: rows that were labelled before, of which the whole ones stay; decoded_seconds: of the windows that
+    did not."""
 
     rows: int = 0
     seconds: float = 0.0
@@ -83,6 +86,7 @@ class Tally:
     skipped: list[dict] = field(default_factory=list)
     previous: dict[str, list | None] = field(default_factory=dict)
     left_out: int = 0
+    kept: Iterable[dict] = field(default=(), compare=False)
     earlier: EarlierRows = EarlierRows()
     decoded_seconds: float = field(default=0.0, compare=False)
 
@@ -156,10 +160,11 @@ class UnitLabeller:
     def runs(self, source: Source, unit: int, tally: Tally) -> Iterator[list[WindowAudio]]:
         """The windows of a unit in order, some batches at a time; rows that are left out are noted in tally.
 
-        A tally that has labelled windows makes it begin behind them.
+        A tally that has labelled windows makes it begin after them. Raises OtherWindows if those are others now.
         """
-        windows = islice(self.windows(source, unit, tally), tally.rows + tally.left_out, None)
-        windows = tally.earlier.beside(windows, self.whisper.window.sampling_rate)
+        left_out = [row.get("row_id") for row in tally.skipped]
+        windows = tally.earlier.beside(self.windows(source, unit, tally), self._is_row_of)
+        pass_over(windows, tally.rows + tally.left_out, tally.kept, left_out, self._is_row_of)
         ready = prefetch(self._with_file, windows, self.settings.num_workers)
         return batched(ready, self.settings.run_batches * self.settings.batch_size)
 
@@ -188,11 +193,19 @@ class UnitLabeller:
     def _prompt(self, window: WindowAudio, tally: Tally) -> list[int] | None:
         """The tokens of the window before, of the same recording; None where they are no prompt of this one."""
         before, recording = tally.previous, window.recording_id
+        if window.after_gap:
+            return None
         if recording not in before and window.earlier is not None:
             return window.earlier["condition_on_prev"]  # nothing before it has changed
-        last = None if window.after_gap else before.get(recording, tally.earlier.previous.get(recording))
-        told, said = last or (None, None)
+        at_the_end = {} if window.in_between else tally.earlier.previous
+        told, said = before.get(recording, at_the_end.get(recording)) or (None, None)
         return said if told == list(window.told) else None
+
+    def _is_row_of(self, row: dict, window: WindowAudio) -> bool:
+        """Whether a labelled row is of a window: of the same utterances, and as long."""
+        seconds = len(window.samples) / self.whisper.window.sampling_rate
+        same = row["row_id"] == window.row_id and row["utterance_ids"] == self._utterance_ids(window)
+        return same and abs(row["duration"] - seconds) < SAME_S
 
     def _leave_out(self, window: WindowAudio, problem: str, tally: Tally) -> None:
         """Skip the rows of a window that the teacher could not label; the next window has no prompt."""
@@ -351,11 +364,17 @@ class UnitLabeller:
         texts = self._texts(window)
         return None if None in texts else ("" if is_spaceless(window.told[0]) else " ").join(texts)
 
-    def _parts(self, window: WindowAudio) -> dict:
+    def _utterance_ids(self, window: WindowAudio) -> list[str] | None:
+        """The ids of the parts of a packed window, None for another window."""
         if not self.settings.concatenate or window.cut:
+            return None
+        id_column = self.columns.id
+        return [str(part.row[id_column]) if id_column else part.row_id for part in window.parts]
+
+    def _parts(self, window: WindowAudio) -> dict:
+        ids, rate = self._utterance_ids(window), self.whisper.window.sampling_rate
+        if ids is None:
             return {"utterance_ids": None, "utterance_starts": None, "utterance_texts": None}
-        rate, id_column = self.whisper.window.sampling_rate, self.columns.id
-        ids = [str(part.row[id_column]) if id_column else part.row_id for part in window.parts]
         starts = [start / rate for start in window.starts]  # not rounded: each gives back its sample
         return {"utterance_ids": ids, "utterance_starts": starts, "utterance_texts": self._texts(window)}
 

@@ -27,7 +27,8 @@ class Utterance:
 class WindowAudio:
     """What the teacher hears at once: parts of one recording, where each begins in the window (in samples), and where
     the window begins in its recording (in seconds, known for cut recordings only). flac: the samples as a file.
-    earlier: the row that was labelled of it with a smaller limit of tokens."""
+    earlier: the row that was labelled of it with a smaller limit of tokens. in_between: it has none, and others after
+    it may."""
 
     parts: list[Utterance]
     starts: list[int]
@@ -37,6 +38,7 @@ class WindowAudio:
     cut: bool = False
     flac: bytes | None = None
     earlier: dict | None = None
+    in_between: bool = False
 
     @property
     def is_labelled(self) -> bool:

@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
-from distil_whisper import ffmpeg
 from distil_whisper.earlier_rows import EarlierRows
-from distil_whisper.errors import UserError
 from distil_whisper.handoff import LIMIT, ROWS_PER_GROUP, ShardFile, lacks_rows, read_manifest, shard_writer
 from distil_whisper.outputs import RECORDS, OutputFolder, atomic_path, remove, write_text
+from distil_whisper.reading import is_same_contents
 
 PARTS = f"{RECORDS}/parts"  # below the output folder
 STATE = "state.json"
@@ -23,10 +22,9 @@ STATE = "state.json"
 class ShardInProgress:
     """The rows of one unit as they come, and those that an earlier run kept of it.
 
-    `progress` is what was kept last, {} at first. What was kept of other contents of the unit is dropped, and what was
-    kept without FFmpeg where there is one now, or the reverse: other rows may be skipped, and other windows follow.
-    Rows that were kept, or finished, with a smaller limit of tokens are `earlier`: all are to be written again, and
-    stay where they are until the shard is finished. An error inside the block drops the rows since `keep`.
+    `progress` is what was kept last, {} at first. What was kept of other contents of the unit is dropped. Rows that
+    were kept, or finished, with a smaller limit of tokens are `earlier`: all are to be written again, and stay where
+    they are until the shard is finished. An error inside the block drops the rows since `keep`.
     """
 
     def __init__(
@@ -36,7 +34,6 @@ class ShardInProgress:
         self.shard = shard
         self.features = features
         self.contents = contents
-        self._made_of = {"contents": contents, "ffmpeg": ffmpeg.is_there()}
         self.max_label_length = max_label_length
         self.path = folder / f"{PARTS}/{shard.stem}"
         self._before = folder / f"{PARTS}/{shard.stem}.before"
@@ -69,7 +66,7 @@ class ShardInProgress:
             self._write = None
             self.parts += 1
         self.progress = progress
-        state = {**self._made_of, "parts": self.parts, "progress": progress, LIMIT: self.max_label_length}
+        state = {"contents": self.contents, "parts": self.parts, "progress": progress, LIMIT: self.max_label_length}
         write_text(self.path / STATE, json.dumps(state))
 
     def finish(self, progress: dict) -> None:
@@ -91,12 +88,17 @@ class ShardInProgress:
             for group in _regrouped(tables, ROWS_PER_GROUP):
                 writer.write_table(group.cast(schema).combine_chunks())  # pages end where chunks do
 
-    def drop(self) -> None:
-        """Remove all that was written."""
-        with contextlib.suppress(UserError), self._open:
-            raise UserError("what is not finished is removed as after an error")
-        self._write = None
-        self.forget()
+    def kept_rows(self) -> Iterator[dict]:
+        """The rows that were kept, as far as they tell of which windows they are."""
+        for path in self._files(self.path, self.parts):
+            for batch in pq.ParquetFile(path).iter_batches(columns=["row_id", "utterance_ids", "duration"]):
+                yield from batch.to_pylist()
+
+    def restart(self) -> None:
+        """Remove the parts that were kept, but not the earlier rows."""
+        (self.path / STATE).unlink(missing_ok=True)  # first, as in `forget`
+        remove(self.path)
+        self.parts, self.progress = 0, {}
 
     def forget(self) -> None:
         """Remove the parts."""
@@ -107,8 +109,8 @@ class ShardInProgress:
     def _kept(self, path: Path) -> dict:
         """What an earlier run noted of the parts in a folder; nothing, and no parts, if they are of something else."""
         state = path / STATE
-        kept = self._made_of | (json.loads(state.read_text(encoding="utf-8")) if state.exists() else {})
-        if any(kept[name] != value for name, value in self._made_of.items()):
+        kept = json.loads(state.read_text(encoding="utf-8")) if state.exists() else {}
+        if not is_same_contents(kept.get("contents"), self.contents):
             self.forget()
             return {}
         return kept
@@ -126,10 +128,13 @@ class ShardInProgress:
         if manifest is not None:  # where rows come in between, other windows and prompts would belong to the others
             return EarlierRows((finished,) if finished.exists() and not lacks_rows(manifest) else ())
         kept = self._kept(self._before)
-        paths = [self._before / self._part(number).name for number in range(kept.get("parts", 0))]
-        # a single part may have become the file already, just before the run was killed
-        paths = tuple(path if path.exists() else finished for path in paths)
+        paths = tuple(self._files(self._before, kept.get("parts", 0)))
         return EarlierRows(paths, kept.get("progress", {}).get("previous", {}))
+
+    def _files(self, path: Path, parts: int) -> list[Path]:
+        """The files of the parts in a folder; a single one may have become the shard's just before a kill."""
+        files = [path / self._part(number).name for number in range(parts)]
+        return [file if file.exists() else self.folder / self.shard.name for file in files]
 
     def _part(self, number: int) -> Path:
         return self.path / f"{number:05d}.parquet"

@@ -263,6 +263,11 @@ class Source:
             start = max(start - table.num_rows, 0)
 
 
+def is_same_contents(was: str | None, now: str | None) -> bool:
+    """Whether `Source.contents` may be of the same unit, also where an earlier version knew less, or nothing."""
+    return was is None or (now or "").startswith(was)
+
+
 def open_source(
     name: str,
     config: str | None = None,

@@ -6,6 +6,7 @@ audio it is of; the last test has a real one.
 
 import io
 import json
+import math
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from distil_whisper.labelling import (
 from distil_whisper.models import load_whisper
 from distil_whisper.normalisation import Normalisers
 from distil_whisper.packing import Utterance, WindowAudio
+from distil_whisper.resuming import OtherWindows
 from distil_whisper.tokens import plain_text
 
 RATE, TEXT = 16_000, Value("string")
@@ -396,11 +398,55 @@ def test_a_unit_goes_on_behind_what_is_labelled(whisper, label):
     labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, run_batches=1)
     began = Tally()
     first = rows_of_unit(labeller, Rows(rows), tally=began, most_runs=1)
-    ear, went_on = Ear(whisper.grammar), Tally(**json.loads(json.dumps(began.progress())))
+    ear, went_on = Ear(whisper.grammar), Tally(**json.loads(json.dumps(began.progress())), kept=first)
     labeller, _ = labeller_of(whisper, ear, BY_SPEAKER, run_batches=1)
     rest = rows_of_unit(labeller, Rows(rows), tally=went_on)
     assert first + rest == expected and sum(count for *_, count in ear.told) == len(rest) == len(expected) - 2
     assert went_on == whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"concatenate": True}, {"split_long": True, "num_workers": 2}])
+def test_a_unit_does_not_go_on_behind_other_windows(whisper, settings):
+    """A row that was skipped can be read, or the reverse, or is longer; after what is labelled that may be."""
+
+    def rest(rows):
+        labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, run_batches=1, batch_size=1, **settings)
+        return rows_of_unit(labeller, Rows(rows), tally=Tally(**json.loads(kept), kept=iter(first)))
+
+    before = [row(1, seconds=3), row(2, "ben", data=UNREADABLE), row(3, seconds=3), row(4, data=UNREADABLE)]
+    before += [row(5, seconds=3), row(6)]
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, run_batches=1, batch_size=1, **settings)
+    tally = Tally()
+    first = rows_of_unit(labeller, Rows(before), tally=tally, most_runs=2)
+    kept = json.dumps(tally.progress())
+    assert [found["duration"] for found in first] == [3, 3]
+    assert [found["duration"] for found in rest(before)] in ([3, 1], [4])
+    assert [found["duration"] for found in rest([*before[:5], row(6, data=UNREADABLE)])] == [3]
+    for place, other in {0: row(1, data=UNREADABLE), 1: row(2, seconds=3), 2: row(3, seconds=2)}.items():
+        with pytest.raises(OtherWindows):
+            rest([other if number == place else was for number, was in enumerate(before)])
+    with pytest.raises(OtherWindows):
+        rest(before[:1])
+
+
+def test_windows_that_the_teacher_could_not_label_are_passed_over_too(whisper):
+    class Deaf(Ear):
+        def __call__(self, waveforms, *told):
+            heard = super().__call__(waveforms, *told)
+            return [replace(found, avg_logprob=math.nan) if len(self.told) == 2 else found for found in heard]
+
+    rows = [row(level) for level in range(1, 5)]
+    one_by_one = {"run_batches": 1, "batch_size": 1}
+    labeller, _ = labeller_of(whisper, Deaf(whisper.grammar), BY_SPEAKER, **one_by_one)
+    tally = Tally()
+    first = rows_of_unit(labeller, Rows(rows), tally=tally, most_runs=3)
+    labeller, _ = labeller_of(whisper, Ear(whisper.grammar), BY_SPEAKER, **one_by_one)
+    kept = json.dumps(tally.progress())
+    assert (tally.rows, tally.left_out) == (2, 1)
+    assert words(rows_of_unit(labeller, Rows(rows), tally=Tally(**json.loads(kept), kept=first))) == [WORDS[4]]
+    other = [rows[0], row(2, data=UNREADABLE), *rows[2:]]
+    with pytest.raises(OtherWindows):
+        rows_of_unit(labeller, Rows(other), tally=Tally(**json.loads(kept), kept=first))
 
 
 def test_rows_name_their_own_language_and_task(whisper, label):

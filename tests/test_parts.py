@@ -1,10 +1,11 @@
 """A shard in progress: what was kept of it survives, and its file is the same wherever its parts end."""
 
+import json
+
 import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 
-from distil_whisper import ffmpeg
 from distil_whisper.handoff import ROWS_PER_GROUP, ShardFile
 from distil_whisper.outputs import OutputFolder
 from distil_whisper.parts import ShardInProgress
@@ -64,8 +65,6 @@ def test_what_was_kept_of_other_contents_is_dropped(folder):
     assert ShardInProgress(folder, SHARD, FEATURES, "one file", TOKENS).progress == {"rows": 1}
     with ShardInProgress(folder, SHARD, FEATURES, "another", TOKENS) as shard:
         assert shard.progress == {}
-        shard.write(rows(1, 2)[0])
-        shard.drop()
     assert not list((folder / ".distil_whisper/parts").rglob("*.*"))
 
 
@@ -91,14 +90,25 @@ def test_a_shard_whose_manifest_is_missing_is_joined_again(folder):
     assert pq.read_table(folder / SHARD.name).to_pylist() == rows(0, 5)
 
 
-def test_what_was_kept_without_ffmpeg_is_dropped_where_there_is_one_now(folder, monkeypatch):
-    """A row that was skipped may be read now: the windows that were counted are others."""
-    for there, again in ((False, True), (True, False), (True, True)):
-        monkeypatch.setattr(ffmpeg, "is_there", lambda there=there: there)
-        with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
+def test_what_a_version_kept_that_knew_less_of_the_contents_stays(folder):
+    """It did not note the files of the rows, and noted whether there was FFmpeg."""
+    with ShardInProgress(folder, SHARD, FEATURES, "rows 12ab", TOKENS) as shard:
+        shard.write(rows(0, 1)[0])
+        shard.keep({"rows": 1})
+    state = folder / ".distil_whisper/parts/default/train-00000-of-00001/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"ffmpeg": False}))
+    assert ShardInProgress(folder, SHARD, FEATURES, "rows 12ab of files 34cd", TOKENS).progress == {"rows": 1}
+    assert ShardInProgress(folder, SHARD, FEATURES, "rows 56ef of files 34cd", TOKENS).progress == {}
+
+
+def test_a_shard_that_begins_anew_keeps_its_earlier_rows(folder):
+    for tokens in (TOKENS, TOKENS + 1):
+        with ShardInProgress(folder, SHARD, FEATURES, None, tokens) as shard:
             shard.write(rows(0, 1)[0])
             shard.keep({"rows": 1})
-        monkeypatch.setattr(ffmpeg, "is_there", lambda again=again: again)
-        with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS) as shard:
-            assert shard.progress == ({"rows": 1} if there == again else {})
-            shard.forget()
+    with ShardInProgress(folder, SHARD, FEATURES, None, TOKENS + 1) as shard:
+        assert shard.progress == {"rows": 1}
+        shard.restart()
+    again = ShardInProgress(folder, SHARD, FEATURES, None, TOKENS + 1)
+    assert again.progress == {} and again.parts == 0
+    assert [len(pq.read_table(path)) for path in again.earlier.paths] == [1]

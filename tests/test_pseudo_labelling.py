@@ -276,6 +276,7 @@ def test_a_file_that_cannot_be_read_stops_no_other(taught, utterances, tmp_path,
     file.write_bytes(whole)
     assert rows_of(label(taught, data, tmp_path / "out", *flags)) == expected
     assert "speech/default/train: 3 of 4 shards are finished" in capsys.readouterr().out
+    assert not (tmp_path / "out/.distil_whisper/parts").exists()
 
 
 def test_a_language_decides_the_normaliser_of_the_figures(taught, speech_folder, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, launch
-from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights
+from stages import ENGLISH, SPEAKERS, label, metrics, train_few, weights, write_manifest
 
 import run_distillation
 import run_pseudo_labelling
@@ -338,6 +338,30 @@ def test_labelling_that_is_asked_to_stop_keeps_what_is_labelled(taught, speech_f
     broken = label(taught, speech_folder, tmp_path / "broken", *flags)
     assert "default/train-00001-of-00002.parquet: going on behind 10 windows" in capsys.readouterr().out
     assert shards(broken) == shards(unbroken)
+
+
+@pytest.mark.parametrize("row", [0, 4])
+def test_labelling_goes_on_only_after_the_same_windows(row, taught, utterances, monkeypatch, tmp_path, capsys):
+    """A file that was missing is there once the labelling was killed, before the rows that were kept or after them."""
+    manifest = write_manifest(tmp_path / "data/train.json", utterances[:6])
+    audio = tmp_path / "data" / json.loads(manifest.read_text())[row]["audio"]
+    flags = [*ENGLISH, "--per_device_eval_batch_size", 1, "--logging_steps", 1, "--dataloader_num_workers", 0]
+    unbroken = label(taught, manifest, tmp_path / "unbroken", *flags)
+    missing, write = audio.rename(tmp_path / "missing"), run_pseudo_labelling.write
+
+    def killed(job, pace, unit, rows):
+        if unit.tally.rows == 4:
+            raise Killed
+        write(job, pace, unit, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_pseudo_labelling, "write", killed)
+        label(taught, manifest, tmp_path / "broken", *flags)
+    missing.rename(audio)
+    capsys.readouterr()
+    assert shards(label(taught, manifest, tmp_path / "broken", *flags)) == shards(unbroken)
+    said = "train-00000-of-00001.parquet: its rows give other windows than before, and it is labelled anew"
+    assert (said in capsys.readouterr().out) == (row == 0)
 
 
 def test_what_a_killed_run_left_half_written_goes(student, labelled, tmp_path):

@@ -13,6 +13,7 @@ import run_pseudo_labelling
 from distil_whisper.decoding import Decoder
 from distil_whisper.errors import UserError
 from distil_whisper.models import load_whisper
+from distil_whisper.reading import Source
 from distil_whisper.truncation import TruncationLimit
 
 FEW, MORE, MOST = 4, 5, 20
@@ -145,6 +146,59 @@ def test_a_kill_between_the_file_and_its_manifest_loses_nothing(taught, data, un
             patch.setattr(run_pseudo_labelling, "finish_shard", dies)
             labelled_with(tokens, taught, data, tmp_path, "--dataloader_num_workers", 0)
     assert tables(labelled_with(MOST, taught, data, tmp_path)) == unbroken()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_reading_that_passes_loses_no_label(
+    workers, taught, data, unbroken, decoded, tmp_path, killed_after, monkeypatch
+):
+    """Neither those that were set aside to be given more tokens, nor those that were labelled before the error."""
+    killed_after(5, FEW, taught, data, tmp_path)
+    rows = Source.rows
+
+    def broken(self, unit, *given, **of):
+        for number, row in enumerate(rows(self, unit, *given, **of)):
+            if unit == 0 and number == 3 and not given:
+                raise UserError("the connection was lost")
+            yield row
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="1 of 2 shards could not be read"):
+        patch.setattr(Source, "rows", broken)
+        labelled_with(MOST, taught, data, tmp_path, *SMALL, "--dataloader_num_workers", workers)
+    (before,) = tmp_path.rglob("*.before")
+    assert len(list(before.glob("*.parquet"))) == 5
+    decoded.clear()
+    labelled_with(MOST, taught, data, tmp_path, *SMALL)
+    assert 0 < sum(decoded) <= 3 and tables(tmp_path) == unbroken()
+    assert not list(tmp_path.rglob("*.before"))
+
+
+@pytest.mark.parametrize("readable_later", [True, False])
+def test_other_rows_that_can_be_read_give_no_window_the_prompt_of_another(
+    readable_later, taught, data, tmp_path, killed_after, monkeypatch
+):
+    """A row comes, or goes, among those whose whole labels stay: it is not known what those said, so a prompt may be
+    missing, and none is another than the one of a run from the start."""
+    rows, speakers = Source.rows, ("--speaker_id_column_name", "text")
+
+    def lacking(self, unit, *given, **of):
+        for number, row in enumerate(rows(self, unit, *given, **of)):
+            row["text"] = "one voice"
+            yield row | {"audio": {"bytes": b"", "path": None}} if (unit, number) == (0, 2) and lacks else row
+
+    monkeypatch.setattr(Source, "rows", lacking)
+    lacks = readable_later
+    flags = ("--max_skipped", 50)
+    killed_after(5, MORE, taught, data, tmp_path / "out", *flags, *speakers)
+    lacks = not readable_later
+    fresh, again = (
+        rows_of(labelled_with(MOST, taught, data, tmp_path / name, *flags, *speakers, *SMALL))
+        for name in ("fresh", "out")
+    )
+    assert len(fresh) == 11 + readable_later
+    for one, other in zip(fresh, again, strict=True):
+        prompt, found = one.pop("condition_on_prev"), other.pop("condition_on_prev")
+        assert found in (prompt, None) and one == other
 
 
 def test_folders_of_before_go_on(taught, data, unbroken, decoded, tmp_path, killed_after):
